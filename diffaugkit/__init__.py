@@ -1,0 +1,43 @@
+"""Generative self-augmentation behind the scikit-learn API.
+
+Reading order of the files, each of which imports only from those before it:
+
+losses, metrics, data, augmentations, networks, diffusion, persistence, training, base,
+preprocessing, encoder, embedding_diffusion, diffaug_em, plotting.
+"""
+
+import importlib
+
+__version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "CellPreprocessor": "preprocessing",
+    "DiffAugEM": "diffaug_em",
+    "EmbeddingConditionedDiffusion": "embedding_diffusion",
+    "EmbeddingDisplay": "plotting",
+    "SelfSupervisedEncoder": "encoder",
+    "SimilarityHistogramDisplay": "plotting",
+    "TrainingCurveDisplay": "plotting",
+    "load": "persistence",
+    "save": "persistence",
+}
+_MODULES = {"datasets", "metrics", "plotting"}
+
+__all__ = sorted([*_HOMES, "metrics", "plotting"])
+
+
+def __getattr__(name):
+    """Import what is asked for when it is asked for: importing the package stays cheap."""
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    """List the public names, loaded or not."""
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,169 @@
+"""What all estimators share: common parameters, device, seeds, and state that travels.
+
+This is the only file that imports private names of scikit-learn; the others take them from here.
+"""
+
+import copy
+import os
+import secrets
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, _fit_context
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import HasMethods, Interval, Options, StrOptions
+from torch import nn
+
+from diffaugkit.persistence import save
+from diffaugkit.training import fit_loop, mix_seed, resolve_device
+
+__all__ = ["HasMethods", "Interval", "Options", "StrOptions", "TorchEstimator", "_fit_context"]
+
+_CHILD = 3
+
+
+class TorchEstimator(BaseEstimator):
+    """Base class of the estimators that hold a torch module.
+
+    A subclass lists these common parameters in its own ``__init__``, as scikit-learn reads them
+    there, merges ``TorchEstimator._parameter_constraints`` into its own, and writes ``_build``.
+
+    Parameters
+    ----------
+    max_epochs : int
+        Passes over the data, at least 1.
+    batch_size : int
+        Samples of a batch, clipped to their number.
+    learning_rate : float
+        Peak learning rate of AdamW, above 0.
+    device : {"auto", "cpu", "cuda", "cuda:<i>", "mps"} or torch.device, default="auto"
+        Where to compute: "auto" takes CUDA, else MPS, else the CPU.
+    precision : {"auto", "bf16", "fp32"}, default="auto"
+        Precision of products: "auto" takes bf16 where the device multiplies it natively.
+    compile : bool, default=False
+        Compile the network with ``torch.compile``: seconds to minutes at the start, for less per
+        step on large networks.
+    random_state : int, RandomState or None, default=None
+        Seed of a fit. An int gives the same result at each fit; a RandomState gives, and moves to,
+        its next number; None draws from the operating system. Global streams are never touched.
+    verbose : int, default=0
+        From 1 on a progress bar.
+    checkpoint_dir : str, path-like or None, default=None
+        Folder from which a killed fit goes on, exactly; see :func:`~diffaugkit.training.fit_loop`.
+        With ``random_state=None`` the seed is then 0: another start could not go on otherwise.
+    callbacks : callable, list of callables or None, default=None
+        ``callback(epoch, history)`` after each epoch; True stops the fit.
+    """
+
+    _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
+        "max_epochs": [Interval(Integral, 1, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "device": [str, torch.device],
+        "precision": [StrOptions({"auto", "bf16", "fp32"})],
+        "compile": ["boolean"],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+        "checkpoint_dir": [str, os.PathLike, None],
+        "callbacks": [callable, list, tuple, None],
+    }
+
+    def _build(self):
+        """Make the module, on the CPU, from ``get_params()`` and a few fitted scalars.
+
+        ``fit`` and ``persistence.load`` both call it, so that a saved model is rebuilt the same. An
+        estimator whose parts hold all the modules needs none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no module of its own")
+
+    def save(self, path):
+        """Save the estimator to a folder of safetensors and JSON.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Folder to write. ``diffaugkit.load(path)`` reads it and runs no code from it.
+
+        Raises
+        ------
+        TypeError
+            If a parameter or attribute has no safe form; the message names it and the way out.
+        OSError
+            If the file system refuses; what was there before is then still there.
+        """
+        save(self, path)
+
+    def _device(self):
+        return resolve_device(self.device)
+
+    def _seed(self):
+        """Seed of this fit, in 0 to 2**32 - 1. Call it once per fit: a RandomState moves on."""
+        state = self.random_state
+        if isinstance(state, Integral):
+            return int(state)
+        if state is not None:
+            return int(check_random_state(state).randint(np.iinfo(np.int32).max))
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "random_state=None would give each of the launched processes another seed; pass an "
+                "int."
+            )
+        return 0 if self.checkpoint_dir is not None else secrets.randbits(32)
+
+    @staticmethod
+    def _child_seed(seed, number):
+        """Seed of part `number` of a fit, in 0 to 2**32 - 1: fit for a ``random_state``."""
+        return mix_seed(seed, _CHILD, number) % 2**32
+
+    def _fit_loop(self, module, loss_fn, batches, *, seed, **options):
+        """Run :func:`~diffaugkit.training.fit_loop` with the common parameters of this estimator.
+
+        Parameters
+        ----------
+        module : nn.Module
+            What is trained.
+        loss_fn : callable
+            ``loss_fn(*batch)`` -> scalar Tensor or dict with the key "loss".
+        batches : Batches
+            From :func:`~diffaugkit.training.make_batches`.
+        seed : int
+            From ``_seed``.
+        **options
+            Any other argument of the loop; one that is a common parameter replaces it.
+
+        Returns
+        -------
+        module : nn.Module
+            The module, or its average.
+        history : list of dict
+            One per epoch.
+        """
+        names = ("max_epochs", "learning_rate", "precision", "compile", "callbacks")
+        common = {name: getattr(self, name) for name in (*names, "checkpoint_dir", "verbose")}
+        common |= {"device": self._device(), "seed": seed, "description": getattr(self, "_description", type(self).__name__)}
+        return fit_loop(module, loss_fn, batches, **common | options)
+
+    def __getstate__(self):
+        """Hand modules and tensors over on the CPU, so that any machine can read them."""
+        return {name: _on_cpu(value) for name, value in super().__getstate__().items()}
+
+    def __sklearn_tags__(self):  # noqa: D105
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+
+def _on_cpu(value):
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, nn.Module):
+        tensors = [*value.parameters(), *value.buffers()]
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            return copy.deepcopy(value).to("cpu")
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(map(_on_cpu, value))
+    if type(value) is dict:
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return value

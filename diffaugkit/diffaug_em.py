@@ -1,0 +1,436 @@
+"""DiffAug: an encoder and a generator that teach each other, by turns.
+
+Zang et al., "Boosting Unsupervised Contrastive Learning Using Diffusion-Based Data Augmentation From
+Scratch", arXiv 2309.07909, Algorithm 1. The E-step fits the encoder on views of each sample, some of
+them generated; the M-step fits the generator on the frozen encoder's embeddings; at each switch back
+the generated views are drawn anew.
+
+===========  ======================================
+paper        here
+===========  ======================================
+Enc          ``encoder_``
+Gen          ``diffusion_``
+y, z         ``transform(X)``, ``project(X)``
+lambda       ``augmentation_prob``
+330/330/340  ``schedule``
+===========  ======================================
+"""
+
+import os
+from numbers import Integral, Real
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, clone
+from sklearn.frozen import FrozenEstimator
+from sklearn.utils import column_or_1d
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
+from torch import nn
+
+from diffaugkit.base import HasMethods, Interval, StrOptions, TorchEstimator, _fit_context
+from diffaugkit.data import check_X
+from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion
+from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
+from diffaugkit.training import make_batches, mix_seed
+
+_PAPER_SCHEDULE = (330, 330, 340)
+
+
+class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimator):
+    """Embed unlabelled samples with positives that a diffusion model generates from the embedding.
+
+    The main job of the library: from a table of cells, without labels, a high-dimensional embedding
+    for classifiers and neighbours, a two-dimensional map, and a generator of new cells. Training
+    alternates E-steps (encoder) and M-steps (generator). The first E-step knows only hand-made
+    views; the later ones replace a share of them by samples generated from each row's embedding.
+
+    Parameters
+    ----------
+    encoder : "auto" or estimator, default="auto"
+        A :class:`~diffaugkit.SelfSupervisedEncoder` to be cloned and fitted; its `max_epochs` comes
+        from `schedule`, its `positives_prob` from `augmentation_prob`.
+    diffusion : "auto" or estimator, default="auto"
+        An :class:`~diffaugkit.EmbeddingConditionedDiffusion` to be cloned and fitted.
+    schedule : "auto" or tuple of int, default="auto"
+        Epochs of the phases E, M, E, M, E, ...: an odd number of phases. "auto" is the paper's
+        (330, 330, 340), or fewer where 5 000 batches a phase come sooner (from about 4 500 samples
+        on). An M-step of 0 epochs is left out: (330, 0, 340) is the encoder alone.
+    augmentation_prob : float, default=0.1
+        lambda of the paper: share of second views that are generated.
+    n_views : int, default=4
+        Generated views kept per sample; one is picked at random each time.
+    condition : {"embedding", "projection", "supervised", "random"}, default="embedding"
+        What the generator sees of a sample: its y, its z, its label (needs `y` in ``fit``; ablation
+        A1 of the paper) or a random vector (A2).
+    joint : bool, default=False
+        Train both networks in every phase, on the sum of both losses (ablation B4).
+    layer : str or None, default=None
+        Layer of an AnnData to read instead of ``.X``.
+    batch_size : int, default=300
+        Of parts that are "auto"; the paper's.
+    learning_rate : float, default=1e-3
+        Of parts that are "auto".
+    device, precision, compile, random_state, verbose, checkpoint_dir, callbacks
+        Common parameters, handed to both parts; see :class:`~diffaugkit.base.TorchEstimator`. Each
+        phase keeps its checkpoints in a folder of its own below `checkpoint_dir`.
+
+    Attributes
+    ----------
+    encoder_ : SelfSupervisedEncoder
+        The fitted encoder.
+    diffusion_ : EmbeddingConditionedDiffusion or None
+        The fitted generator; None if no M-step ran.
+    history_ : DataFrame
+        One row per epoch: phase ("E", "M" or "EM"), round, epoch, loss, learning_rate.
+    n_iter_ : int
+        Epochs of all phases.
+    n_features_in_ : int
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Only if the names are strings.
+
+    See Also
+    --------
+    CellPreprocessor : From raw counts to what this estimator expects.
+
+    Notes
+    -----
+    Where paper and released code disagree: generated views are picked with probability lambda (the
+    release: 18.4 %) and the buffer is refilled at every switch (the release never fills it when it
+    starts from scratch).
+
+    References
+    ----------
+    Zang et al., arXiv 2309.07909.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from diffaugkit import DiffAugEM
+    >>> X, _ = load_iris(return_X_y=True)
+    >>> model = DiffAugEM(schedule=(2, 2, 2), random_state=0).fit(X)
+    >>> model.transform(X).shape, model.project(X).shape, model.augment(X[:3], 2).shape
+    ((150, 50), (150, 2), (6, 4))
+    """
+
+    _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
+        **{k: v for k, v in TorchEstimator._parameter_constraints.items() if k != "max_epochs"},
+        "encoder": [HasMethods(["fit", "transform"]), StrOptions({"auto"})],
+        "diffusion": [HasMethods(["fit", "sample"]), StrOptions({"auto"})],
+        "schedule": [StrOptions({"auto"}), tuple, list],
+        "augmentation_prob": [Interval(Real, 0, 1, closed="both")],
+        "n_views": [Interval(Integral, 1, None, closed="left")],
+        "condition": [StrOptions({"embedding", "projection", "supervised", "random"})],
+        "joint": ["boolean"],
+        "layer": [str, None],
+    }
+
+    _extra_state = ("_condition_seed",)
+
+    def __init__(
+        self,
+        encoder="auto",
+        diffusion="auto",
+        *,
+        schedule="auto",
+        augmentation_prob=0.1,
+        n_views=4,
+        condition="embedding",
+        joint=False,
+        layer=None,
+        batch_size=300,
+        learning_rate=1e-3,
+        device="auto",
+        precision="auto",
+        compile=False,
+        random_state=None,
+        verbose=0,
+        checkpoint_dir=None,
+        callbacks=None,
+    ):
+        self.encoder = encoder
+        self.diffusion = diffusion
+        self.schedule = schedule
+        self.augmentation_prob = augmentation_prob
+        self.n_views = n_views
+        self.condition = condition
+        self.joint = joint
+        self.layer = layer
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.device = device
+        self.precision = precision
+        self.compile = compile
+        self.random_state = random_state
+        self.verbose = verbose
+        self.checkpoint_dir = checkpoint_dir
+        self.callbacks = callbacks
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit(self, X, y=None):
+        """Run the E- and M-steps of the schedule.
+
+        Parameters
+        ----------
+        X : array-like, sparse matrix, DataFrame, AnnData or Rows of shape (n_samples, n_features)
+            Normalised values; raw counts are refused (put ``CellPreprocessor()`` in front).
+        y : array-like of shape (n_samples,) or None
+            Labels, used with ``condition="supervised"`` only.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            For input that cannot be used, or a schedule that is no odd number of phases.
+        """
+        rows = check_X(
+            self,
+            X,
+            reset=True,
+            layer=self.layer,
+            allow_counts=False,
+            ensure_min_samples=2,
+            ensure_min_features=2,
+        )
+        seed = self._seed()
+        labels = self._check_labels(y, len(rows))
+        encoder = self._part(self.encoder, SelfSupervisedEncoder, seed, 0)
+        diffusion = self._part(self.diffusion, EmbeddingConditionedDiffusion, seed, 1)
+        if not isinstance(encoder, FrozenEstimator):
+            encoder.set_params(positives_prob=self.augmentation_prob)
+        fitted, positives, history = None, None, []
+
+        schedule = self._schedule(encoder, len(rows))
+        for number, epochs in enumerate(schedule):
+            phase = "EM" if self.joint else "EM"[number % 2]
+            if epochs == 0:
+                continue
+            self._set_phase(encoder, phase, number, len(schedule), epochs, warm=number > 0)
+            self._set_phase(diffusion, phase, number, len(schedule), epochs)
+            if phase == "EM":
+                fitted = self._joint_step(rows, positives, labels, encoder, diffusion, seed, number)
+            elif phase == "E":
+                encoder.fit(rows, positives=positives)
+            else:
+                fitted = diffusion.fit(rows, embeddings=self._condition(encoder, rows, labels, seed))
+            if fitted is not None and "M" in phase and number + 1 < len(schedule):
+                embeddings = self._condition(encoder, rows, labels, seed)
+                positives = list(fitted._views(embeddings, self.n_views, mix_seed(seed, number)))
+            part = diffusion if phase == "M" else encoder
+            history.append(part.history_.assign(phase=phase, round=number // 2))
+
+        self.encoder_, self.diffusion_ = encoder, fitted
+        self._set_history(history)
+        self._condition_seed = seed
+        return self
+
+    def transform(self, X):
+        """Embed samples in y, the high-dimensional embedding.
+
+        Parameters
+        ----------
+        X : as for ``fit``, of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_components), float32
+            A row's embedding does not depend on the other rows.
+
+        Raises
+        ------
+        NotFittedError, ValueError
+            Before ``fit``; for input that does not match it.
+        """
+        return self.encoder_.transform(self._check_rows(X))
+
+    def project(self, X):
+        """Embed samples in z, the low-dimensional map.
+
+        Parameters
+        ----------
+        X : as for ``fit``, of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_projections), float32
+        """
+        return self.encoder_.project(self._check_rows(X))
+
+    def augment(self, X, n_per_sample=1, *, strength=1.0, random_state=None):
+        """Generate new samples that share the embedding of given ones (Eq. 8 of the paper).
+
+        Parameters
+        ----------
+        X : as for ``fit``, of shape (n_samples, n_features)
+            Sources.
+        n_per_sample : int, default=1
+            Generated samples per source.
+        strength : float in (0, 1], default=1.0
+            1 generates from noise alone; lower values start from the source with that share of the
+            noise levels, and stay closer to it.
+        random_state : int or None, default=None
+            Seed of the noise; None takes the seed of the fit, so that calls repeat.
+
+        Returns
+        -------
+        ndarray of shape (n_samples * n_per_sample, n_features), float32
+            In the space of `X`; ``np.repeat(np.arange(n_samples), n_per_sample)`` gives the source
+            of each.
+        """
+        rows = self._check_rows(X)
+        embeddings = self._generator_condition(rows)
+        return self.diffusion_._augment(rows, embeddings, n_per_sample, strength, random_state)
+
+    def quality_report(self, X, labels=None, *, random_state=0):
+        """Compare one generated sample per row of `X` with `X`, in the generator's compact space.
+
+        Parameters
+        ----------
+        X : as for ``fit``
+            Real samples, sources of the generated ones.
+        labels : array-like of shape (n_samples,) or None, default=None
+            Labels, for their consistency.
+        random_state : int, default=0
+            Seed of noise and folds.
+
+        Returns
+        -------
+        QualityReport
+            Label consistency, spread ratio, precision, recall, copy ratio, Frechet and kernel
+            distance; ``print`` it, or ``to_frame()``.
+        """
+        rows = self._check_rows(X)
+        embeddings = self._generator_condition(rows)
+        return self.diffusion_._report(rows, embeddings, labels, random_state)
+
+    # ---- phases ------------------------------------------------------------------------------------
+
+    def _part(self, part, default, seed, number):
+        """Make or clone a part and hand it the common parameters."""
+        if isinstance(part, FrozenEstimator):
+            return part
+        if part == "auto":
+            part = default(batch_size=self.batch_size, learning_rate=self.learning_rate)
+        common = ("device", "precision", "compile", "verbose", "callbacks")
+        return clone(part).set_params(
+            random_state=self._child_seed(seed, number), **{k: getattr(self, k) for k in common}
+        )
+
+    def _schedule(self, encoder, n_samples):
+        if self.schedule == "auto":
+            steps = max(1, n_samples // min(getattr(encoder, "batch_size", 300), n_samples))
+            return tuple(auto_epochs("auto", steps, paper=epochs) for epochs in _PAPER_SCHEDULE)
+        schedule = tuple(self.schedule)
+        whole = all(isinstance(epochs, Integral) and epochs >= 0 for epochs in schedule)
+        if len(schedule) % 2 == 0 or not whole or schedule[0] == 0:
+            raise ValueError(
+                f"schedule={self.schedule!r} must be an odd number of phases E, M, E, ... in epochs, "
+                "for example (330, 330, 340); the first must be at least 1."
+            )
+        return schedule
+
+    def _set_phase(self, part, phase, number, n_phases, epochs, warm=None):
+        if isinstance(part, FrozenEstimator):
+            return
+        folder = None
+        if self.checkpoint_dir is not None:
+            name = f"{number}-{phase}-{type(part).__name__}"
+            folder = str(Path(os.fspath(self.checkpoint_dir)) / name)
+        part.set_params(max_epochs=int(epochs), checkpoint_dir=folder)
+        if warm is not None:
+            part.set_params(warm_start=warm)
+        part._description = f"{phase}-step {number + 1}/{n_phases}"
+
+    def _condition(self, encoder, rows, labels, seed):
+        """What the generator sees of each row, (n, E)."""
+        if self.condition == "embedding":
+            return encoder.transform(rows)
+        if self.condition == "projection":
+            return encoder.project(rows)
+        if self.condition == "supervised":
+            return np.eye(len(labels[0]), dtype=np.float32)[labels[1]]
+        width = getattr(encoder, "n_components", 50)
+        rng = np.random.default_rng(self._child_seed(seed, 2))
+        return rng.standard_normal((len(rows), width), dtype=np.float32)
+
+    def _joint_step(self, rows, positives, labels, encoder, diffusion, seed, number):
+        """One phase in which both networks learn from every batch (B4).
+
+        The condition of the generator is the embedding of the row as it is, without gradient.
+        """
+        going_on = number > 0
+        e_step = encoder._prepare(rows, positives, seed=self._child_seed(seed, 10 + number))
+        if not going_on:
+            encoder._set_fitted(e_step, e_step.module, [])
+        embeddings = self._condition(encoder, rows, labels, seed)
+        m_step = diffusion._prepare(rows, embeddings, seed=self._child_seed(seed, 20 + number))
+        if going_on:
+            m_step.module, m_step.condition = diffusion.module_, diffusion._condition
+        both = nn.ModuleDict({"encoder": e_step.module, "diffusion": m_step.module})
+        inputs = [*e_step.batches.sources[2:], *m_step.batches.sources]
+        batches = make_batches(
+            *e_step.batches.sources[:2],
+            *inputs,
+            batch_size=self.batch_size,
+            seed=self._child_seed(seed, 30 + number),
+            device=self._device(),
+        )
+        moments = [torch.from_numpy(np.asarray(m_step.condition[k], np.float32)) for k in ("mean", "std")]
+        mean, spread = (moment.to(self._device()) for moment in moments)
+
+        def loss(x, neighbors, *rest):
+            *generated, latents, given = rest
+            e_loss = e_step.loss(x, neighbors, *generated)
+            cond = given
+            if self.condition in ("embedding", "projection"):
+                with torch.no_grad():
+                    y, z = e_step.module(x)
+                cond = ((y if self.condition == "embedding" else z) - mean) / spread
+            m_loss = m_step.loss(latents, cond)["loss"]
+            return {"loss": e_loss + m_loss, "e_loss": e_loss, "m_loss": m_loss}
+
+        _, history = encoder._fit_loop(
+            both, loss, batches, seed=self._child_seed(seed, 40 + number), warmup=0.05, grad_clip=5.0
+        )
+        encoder._set_fitted(e_step, e_step.module, history)
+        diffusion.n_features_in_ = encoder.n_features_in_
+        diffusion.encoder_ = None
+        return diffusion._set_fitted(m_step, m_step.module, history)
+
+    def _check_labels(self, y, n):
+        if self.condition != "supervised":
+            return None
+        if y is None:
+            raise ValueError("condition='supervised' needs labels: fit(X, y).")
+        y = column_or_1d(y)
+        check_consistent_length(y, np.empty(n))
+        return np.unique(y, return_inverse=True)
+
+    def _set_history(self, history):
+        import pandas as pd
+
+        first = ["phase", "round", "epoch", "loss"]
+        table = pd.concat(history, ignore_index=True)
+        self.history_ = table[[*first, *(c for c in table.columns if c not in first)]]
+        self.n_iter_ = len(table)
+
+    def _check_rows(self, X):
+        check_is_fitted(self, "encoder_")
+        return check_X(self, X, reset=False, layer=self.layer, allow_counts=False)
+
+    def _generator_condition(self, rows):
+        if self.diffusion_ is None:
+            raise ValueError("No M-step ran, so there is no generator: give schedule an M-step.")
+        if self.condition == "supervised":
+            raise ValueError(
+                "A generator conditioned on labels cannot augment unlabelled rows: call "
+                "diffusion_.sample() with one-hot labels."
+            )
+        return self._condition(self.encoder_, rows, None, self._condition_seed)
+
+    @property
+    def _n_features_out(self):
+        return self.encoder_._n_features_out

@@ -1,0 +1,283 @@
+"""Losses and loss weights: pure functions from tensors to a scalar, or to one weight per element.
+
+Notation, after DiffAug (Zang et al., arXiv 2309.07909):
+
+=========  =====================================================================================
+``y``      high-dimensional embedding of a view, the space of the soft targets
+``z``      low-dimensional embedding of the same view, the space of the map
+``P``      soft label of a pair, from ``y`` (Eq. 2)
+``Q``      similarity of the same pair in ``z`` (Eq. 9)
+``H``      pair indicator: 1 where two views come from one sample, else 0 (Eq. 3)
+``nu``     degrees of freedom of the Student t kernel
+=========  =====================================================================================
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+KERNELS = ("squared_t", "t", "unit_t")
+_LOG_FLOOR = 1e-5  # keeps log(Q) and log(1 - Q) finite, as the released DiffAug code does
+
+
+def squared_distances(a, b):
+    """Squared Euclidean distances between the rows of two matrices.
+
+    Parameters
+    ----------
+    a : Tensor of shape (n, d)
+    b : Tensor of shape (m, d)
+
+    Returns
+    -------
+    Tensor of shape (n, m)
+        Non-negative, in float32 or better.
+
+    Examples
+    --------
+    >>> import torch
+    >>> squared_distances(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])).item()
+    25.0
+    """
+    a, b = a.float() if a.dtype != torch.float64 else a, b.float() if b.dtype != torch.float64 else b
+    # One matrix product instead of an (n, m, d) difference; rounding may go below zero, hence the clamp.
+    norms = a.square().sum(1)[:, None] + b.square().sum(1)[None, :]
+    return torch.addmm(norms, a, b.T, alpha=-2.0).clamp_min(0.0)
+
+
+def log_t_constant(nu):
+    """Logarithm of the normalising constant of the Student t density with `nu` degrees of freedom."""
+    return math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2) - 0.5 * math.log(nu * math.pi)
+
+
+def t_similarity(squared_distance, nu, kernel="squared_t"):
+    r"""Student t similarity of pairs from their squared distance.
+
+    Parameters
+    ----------
+    squared_distance : Tensor
+        Any shape, non-negative.
+    nu : float
+        Degrees of freedom, above 0. Small values give heavy tails: distant pairs stay similar.
+    kernel : {"squared_t", "t", "unit_t"}, default="squared_t"
+        ``"t"`` is the t density of Eq. 9, with exponent :math:`-(\nu + 1) / 2`. ``"squared_t"`` is
+        :math:`2 \pi` times its square, which the authors' released code uses; it comes close to 1
+        at distance 0 for large `nu`. ``"unit_t"`` is Eq. 9 divided by its value at distance 0.
+
+    Returns
+    -------
+    Tensor
+        Same shape as `squared_distance`, in (0, 1].
+
+    References
+    ----------
+    Zang et al., "Boosting Unsupervised Contrastive Learning Using Diffusion-Based Data
+    Augmentation From Scratch", arXiv 2309.07909, Eq. 9.
+
+    Examples
+    --------
+    >>> import torch
+    >>> round(t_similarity(torch.tensor(0.0), nu=100.0).item(), 4)
+    0.995
+    """
+    log_kernel = -(nu + 1) / 2 * torch.log1p(squared_distance / nu)
+    if kernel == "unit_t":
+        return torch.exp(log_kernel)
+    if kernel == "t":
+        return torch.exp(log_kernel + log_t_constant(nu))
+    if kernel == "squared_t":
+        return torch.exp(2 * (log_kernel + log_t_constant(nu)) + math.log(2 * math.pi))
+    raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}.")
+
+
+def p2_weight(snr, k=1.0, gamma=1.0):
+    r"""Perception-prioritised weight of a timestep, :math:`1 / (k + \mathrm{SNR})^\gamma`.
+
+    With ``k = gamma = 1`` this is :math:`1 - \bar\alpha_t` (GenSelfDiff-HIS, Eq. 5; Choi et al. 2022).
+
+    Parameters
+    ----------
+    snr : Tensor
+        Signal-to-noise ratio :math:`\bar\alpha_t / (1 - \bar\alpha_t)`.
+    k, gamma : float, default=1.0
+
+    Returns
+    -------
+    Tensor
+        Same shape as `snr`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> p2_weight(torch.tensor(3.0)).item()
+    0.25
+    """
+    return (k + snr) ** -gamma
+
+
+def min_snr_weight(snr, gamma=5.0, prediction_type="epsilon"):
+    """Min-SNR weight of a timestep (Hang et al. 2023), for the given prediction type.
+
+    The weight on the error of the predicted sample is ``min(snr, gamma)``; expressed on the
+    network's own target it is ``min(snr, gamma)`` divided by ``snr`` for noise, by ``snr + 1`` for
+    velocity and by 1 for the sample.
+
+    Parameters
+    ----------
+    snr : Tensor
+        Signal-to-noise ratio.
+    gamma : float, default=5.0
+        Value at which the ratio is cut, the paper's default.
+    prediction_type : {"epsilon", "v_prediction", "sample"}, default="epsilon"
+
+    Returns
+    -------
+    Tensor
+        Same shape as `snr`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> min_snr_weight(torch.tensor([1.0, 10.0])).tolist()
+    [1.0, 0.5]
+    """
+    clipped = snr.clamp(max=gamma)
+    if prediction_type == "epsilon":
+        return clipped / snr
+    if prediction_type == "v_prediction":
+        return clipped / (snr + 1)
+    if prediction_type == "sample":
+        return clipped
+    raise ValueError(f"unknown prediction_type {prediction_type!r}.")
+
+
+def soft_contrastive(
+    y_a,
+    z_a,
+    y_b,
+    z_b,
+    *,
+    nu=100.0,
+    nu_low=0.1,
+    kernel="squared_t",
+    beta=1.0,
+    target="own_view",
+    contrast="pairwise",
+    repulsion=1.0,
+    detach_target=False,
+):
+    r"""Soft contrastive loss of DiffAug between two views of a batch.
+
+    With :math:`P_{ij} = \min\{1, (1 + H_{ij}(e^\beta - 1))\, \kappa_\nu(y_i, y_j)\}` and
+    :math:`Q_{ij} = \kappa_{\nu_z}(z_i, z_j)`, the pairwise form is the paper's Eq. 2,
+
+    .. math:: L = -\frac{1}{B^2} \sum_{ij} P_{ij} \log Q_{ij} + r (1 - P_{ij}) \log(1 - Q_{ij}),
+
+    and the softmax form puts the same soft targets into the paper's Eq. 1,
+
+    .. math:: L = -\frac{1}{B} \sum_{ij} \frac{P_{ij}}{\sum_k P_{ik}}
+              \log \frac{Q_{ij}}{\sum_k Q_{ik}},
+
+    averaged over both directions. For hard P it is InfoNCE with a t kernel in place of the
+    exponential, as in t-SimCNE (Böhm et al. 2023).
+
+    Parameters
+    ----------
+    y_a, y_b : Tensor of shape (B, n_components)
+        High-dimensional embeddings of the two views; row i of both comes from sample i.
+    z_a, z_b : Tensor of shape (B, n_low)
+        Low-dimensional embeddings of the same views.
+    nu, nu_low : float
+        Degrees of freedom of the kernel in y and in z.
+    kernel : {"squared_t", "t", "unit_t"}, default="squared_t"
+        See :func:`t_similarity`.
+    beta : float, default=1.0
+        How much a pair of views of one sample is preferred, in [0, 1] (Eq. 2). It acts with
+        ``target="pair"`` only: with ``"own_view"`` such a pair has P at its largest already.
+    target : {"own_view", "pair"}, default="own_view"
+        From which distances P comes: ``"pair"`` from view a to view b, as Eq. 2 is printed;
+        ``"own_view"`` within view a, as the released code does, so that a sample's own pair is at
+        distance 0 and hence a sure positive.
+    contrast : {"pairwise", "softmax"}, default="pairwise"
+        Each pair on its own (Eq. 2), or each pair against all others of its row (Eq. 1). The
+        paper's Lemma 1 shows that they agree in the limit of many negatives.
+    repulsion : float, default=1.0
+        Of the pairwise form: weight r of the second term. 1 is the paper's; below 1 the many pairs of different samples
+        weigh less against the one pair of views, as negative sampling does in UMAP.
+    detach_target : bool, default=False
+        Whether gradients stop at P. In the paper they do not.
+
+    Returns
+    -------
+    Tensor of shape ()
+        Mean over the pairs, or over the rows of the softmax (the paper sums: the gradient's
+        direction is the same).
+
+    References
+    ----------
+    Zang et al., arXiv 2309.07909, Eqs. 1, 2 and 9.
+
+    Examples
+    --------
+    >>> import torch
+    >>> y, z = torch.randn(8, 50), torch.randn(8, 2)
+    >>> soft_contrastive(y, z, y, z).ndim
+    0
+    """
+    if target == "own_view":
+        P = t_similarity(squared_distances(y_a, y_a), nu, kernel)
+    elif target == "pair":
+        P = t_similarity(squared_distances(y_a, y_b), nu, kernel)
+        P = P * (1 + torch.eye(len(P), device=P.device, dtype=P.dtype) * (math.exp(beta) - 1))
+    else:
+        raise ValueError(f"target must be 'own_view' or 'pair', got {target!r}.")
+    P = P.clamp(max=1.0)
+    if detach_target:
+        P = P.detach()
+    distances = squared_distances(z_a, z_b)
+    if contrast == "softmax":
+        exponent = -(nu_low + 1) if kernel == "squared_t" else -(nu_low + 1) / 2
+        logits = exponent * torch.log1p(distances / nu_low)
+        P = P / P.sum(1, keepdim=True)
+        both = F.log_softmax(logits, dim=1) + F.log_softmax(logits, dim=0).T
+        return -0.5 * (P * both).sum(1).mean()
+    if contrast != "pairwise":
+        raise ValueError(f"contrast must be 'pairwise' or 'softmax', got {contrast!r}.")
+    Q = t_similarity(distances, nu_low, kernel)
+    attraction = P * torch.log(Q + _LOG_FLOOR)
+    return -(attraction + repulsion * (1 - P) * torch.log(1 - Q + _LOG_FLOOR)).mean()
+
+
+def nt_xent(a, b, temperature=0.5):
+    """Normalised temperature-scaled cross-entropy (InfoNCE) of SimCLR between two views.
+
+    Parameters
+    ----------
+    a, b : Tensor of shape (B, d)
+        Embeddings of the two views; row i of both comes from sample i. Normalised inside.
+    temperature : float, default=0.5
+        Divides the cosine similarities.
+
+    Returns
+    -------
+    Tensor of shape ()
+        Mean over the 2B anchors, each against the 2B - 1 other views.
+
+    References
+    ----------
+    Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, Eq. 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> one = torch.ones(4, 3)  # all views alike: log(2B - 1)
+    >>> round(nt_xent(one, one).item(), 4)
+    1.9459
+    """
+    views = F.normalize(torch.cat([a, b]).float() if a.dtype != torch.float64 else torch.cat([a, b]))
+    n = len(a)
+    logits = views @ views.T / temperature
+    logits = logits.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=a.device), -math.inf)
+    partner = torch.arange(2 * n, device=a.device).roll(n)
+    return F.cross_entropy(logits, partner)

@@ -1,0 +1,457 @@
+"""Each score against a slow, obvious version of itself, closed forms, and what must not matter."""
+
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import sqrtm
+from scipy.spatial.distance import cdist
+from sklearn.datasets import make_blobs
+from sklearn.model_selection import LeaveOneOut, StratifiedKFold
+from sklearn.neighbors import KNeighborsClassifier
+
+from diffaugkit import metrics
+from diffaugkit.metrics import (
+    QualityReport,
+    clustering_accuracy,
+    copy_ratio,
+    frechet_distance,
+    kernel_distance,
+    kmeans_scores,
+    knn_accuracy,
+    label_consistency,
+    linear_probe_accuracy,
+    linear_svm_accuracy,
+    precision_recall,
+    quality_report,
+    spread_ratio,
+)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@pytest.fixture
+def blobs():
+    return make_blobs(120, n_features=4, centers=3, cluster_std=0.5, random_state=0)
+
+
+# ------------------------------------------------------------------ labels and embeddings
+
+labels = st.lists(st.integers(0, 4), min_size=1, max_size=40)
+
+
+@given(labels, st.permutations(range(5)))
+def test_clustering_accuracy_ignores_the_names_of_clusters(y, names):
+    assert clustering_accuracy(y, [names[v] for v in y]) == 1.0
+
+
+@given(labels, st.randoms(use_true_random=False))
+def test_clustering_accuracy_equals_a_search_over_all_matchings(y, random):
+    predicted = [random.randrange(4) for _ in y]
+    best = max(
+        np.mean([names[p] == t for p, t in zip(predicted, y, strict=True)])
+        for names in permutations(range(5))
+    )
+    accuracy = clustering_accuracy(y, predicted)
+    assert accuracy == pytest.approx(best)
+    assert accuracy == pytest.approx(clustering_accuracy(predicted, y))
+
+
+def test_clustering_accuracy_surplus_clusters_count_as_errors():
+    assert clustering_accuracy([0, 0, 0, 0], [0, 1, 2, 3]) == 0.25
+    assert clustering_accuracy(["a", "b"], [0, 0]) == 0.5
+
+
+def test_knn_accuracy_equals_a_brute_force_vote(blobs):
+    X, y = make_blobs(90, centers=3, cluster_std=4.0, random_state=1)
+    scores = []
+    for train, test in StratifiedKFold(5, shuffle=True, random_state=3).split(X, y):
+        nearest = np.argsort(cdist(X[test], X[train]), axis=1)[:, :7]
+        votes = [np.bincount(v, minlength=3).argmax() for v in y[train][nearest]]
+        scores.append(np.mean(votes == y[test]))
+    accuracy = knn_accuracy(X, y, n_neighbors=7, cv=5, random_state=3)
+    assert accuracy == pytest.approx(np.mean(scores), abs=1e-12)
+    assert 0.5 < accuracy < 1.0
+
+
+@pytest.mark.parametrize("score", [knn_accuracy, linear_svm_accuracy, linear_probe_accuracy])
+def test_classifier_scores_know_easy_from_impossible(score, blobs):
+    X, y = blobs
+    assert score(X, y) == 1.0
+    names = np.array(["T cell", "B cell", "NK"], dtype=object)
+    assert score(pd.DataFrame(X.astype(np.float32)), pd.Series(names[y]).astype("category")) == 1.0
+    assert score(normal(300, 4), np.arange(300) % 3) < 0.45
+    assert score(X, y, cv=3, random_state=1) == score(X, y, cv=3, random_state=1)
+
+
+def test_linear_scores_need_a_straight_border_and_standardise():
+    X = normal(200, 2)
+    straight, ring = X[:, 0] > 0.0, (X**2).sum(axis=1) > 1.4
+    scale = np.array([1e-4, 1e4])
+    assert linear_svm_accuracy(X * scale, straight) > 0.95
+    assert linear_probe_accuracy(X * scale, straight) > 0.95
+    assert linear_svm_accuracy(X, ring) < 0.7
+    assert knn_accuracy(X, ring) > 0.85
+
+
+def test_knn_accuracy_takes_a_splitter():
+    X = [[0.0], [0.1], [0.2], [5.0], [5.1], [5.2]]
+    assert knn_accuracy(X, [0, 0, 0, 1, 1, 1], n_neighbors=1, cv=LeaveOneOut()) == 1.0
+
+
+def test_rare_classes_do_not_warn(blobs, recwarn):
+    X, y = blobs
+    y = np.r_[y[:-1], 7]
+    assert knn_accuracy(X, y) == pytest.approx(119 / 120)
+    assert not recwarn.list
+
+
+def test_kmeans_scores(blobs):
+    X, y = blobs
+    assert kmeans_scores(X, y, random_state=0) == pytest.approx({"accuracy": 1, "ari": 1, "nmi": 1})
+    scores = kmeans_scores(normal(300, 2), np.arange(300) % 3, random_state=0)
+    assert scores["accuracy"] < 0.5
+    assert abs(scores["ari"]) < 0.05
+
+
+def test_label_consistency(blobs):
+    X, y = blobs
+    assert label_consistency(X + 0.01, y, X, y) == 1.0
+    assert label_consistency(X, (y + 1) % 3, X, y) == 0.0
+    rows = np.arange(0, 120, 2)
+    expected = KNeighborsClassifier(3).fit(X, y).score(X[rows] + 2.0, y[rows])
+    result = label_consistency(X[rows] + 2.0, y[rows], X, y, n_neighbors=3)
+    assert result == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------ generated against real
+
+
+def test_frechet_distance_closed_forms():
+    X = normal(500, 6)
+    assert frechet_distance(X, X) == pytest.approx(0.0, abs=1e-11)
+    assert frechet_distance(X, X + 3.0) == pytest.approx(6 * 9.0, rel=1e-12)
+    # Covariances C and 4 C commute: tr(C + 4 C - 2 * 2 C) = tr C, about the means' own shift.
+    centred = X - X.mean(axis=0)
+    trace = np.trace(np.cov(X.T))
+    assert frechet_distance(centred, 2.0 * centred) == pytest.approx(trace, rel=1e-12)
+    # 1-D: (m1 - m2)^2 + (s1 - s2)^2
+    a, b = X[:, :1], 3.0 * X[:, 1:2] + 5.0
+    known = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
+    assert frechet_distance(a, b) == pytest.approx(known, rel=1e-12)
+
+
+def test_frechet_distance_of_known_gaussians():
+    # N(0, I) against N(1, 9 I) in 3 dimensions: 3 * 1 + 3 * (1 - 3)^2 = 15.
+    distance = frechet_distance(normal(40_000, 3), 1.0 + 3.0 * normal(40_000, 3, seed=1))
+    assert distance == pytest.approx(15.0, abs=0.3)
+
+
+@pytest.mark.parametrize(("n", "rel"), [(9, 1e-5), (60, 1e-10), (5000, 1e-10)])
+def test_frechet_distance_equals_the_matrix_root(n, rel):
+    # n = 9 gives singular covariances, for which the root itself has but half of the digits;
+    # n = 5000 gives more than one block of rows.
+    mix = normal(20, 20, seed=2)
+    real, generated = normal(n, 20), normal(n + 7, 20, seed=1) @ mix + 0.3
+    c1, c2 = np.cov(real.T), np.cov(generated.T)
+    shift = np.sum((real.mean(axis=0) - generated.mean(axis=0)) ** 2)
+    # Symmetric form of the root, in which sqrtm stays real for singular covariances too.
+    root = np.real(sqrtm(c1 + (1e-14 if n < 20 else 0.0) * np.eye(20)))
+    overlap = np.sqrt(np.clip(np.linalg.eigvalsh(root @ c2 @ root), 0, None)).sum()
+    known = shift + np.trace(c1) + np.trace(c2) - 2.0 * overlap
+    assert frechet_distance(real, generated) == pytest.approx(known, rel=rel)
+    assert frechet_distance(generated, real) == pytest.approx(known, rel=rel)
+
+
+def test_frechet_distance_is_computed_in_float64():
+    X = (normal(300, 5) + 1000.0).astype(np.float32)
+    same = frechet_distance(X, X.astype(np.float64) + 0.5)
+    assert same == pytest.approx(5 * 0.25, rel=1e-9)
+
+
+@given(st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_distances_do_not_change_with_order_or_rotation(seed):
+    rng = np.random.default_rng(seed)
+    real, generated = rng.normal(size=(30, 4)), rng.normal(size=(25, 4)) * 1.5
+    rotation = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    for score in (frechet_distance, kernel_distance, precision_recall):
+        value = score(real, generated)
+        assert score(rng.permutation(real), rng.permutation(generated)) == pytest.approx(value)
+        assert score(real @ rotation, generated @ rotation) == pytest.approx(value)
+    source = rng.integers(30, size=25)
+    value = copy_ratio(generated, source, real)
+    order = rng.permutation(30)
+    assert copy_ratio(generated, np.argsort(order)[source], real[order]) == pytest.approx(value)
+    assert copy_ratio(2 * generated + 1, source, 2 * real + 1) == pytest.approx(value)
+
+
+def slow_kernel_distance(X, Y):
+    def kernel(a, b):
+        return (np.dot(a, b) / X.shape[1] + 1.0) ** 3
+
+    n, m = len(X), len(Y)
+    xx = sum(kernel(X[i], X[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    yy = sum(kernel(Y[i], Y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    xy = sum(kernel(a, b) for a in X for b in Y) / (n * m)
+    return xx + yy - 2.0 * xy
+
+
+def test_kernel_distance_equals_the_double_loop(monkeypatch):
+    real, generated = normal(23, 5), normal(17, 5, seed=1) + 0.5
+    assert kernel_distance(real, generated) == pytest.approx(
+        slow_kernel_distance(real, generated), rel=1e-12
+    )
+    whole = kernel_distance(real, generated)
+    # Blocks of one row must give what one block gives.
+    monkeypatch.setattr(
+        metrics, "gen_batches", lambda n, _: (slice(i, i + 1) for i in range(n)), raising=True
+    )
+    assert kernel_distance(real, generated) == pytest.approx(whole, rel=1e-12)
+
+
+def test_kernel_distance_is_unbiased():
+    values = [
+        kernel_distance(normal(20, 3, seed=i), normal(20, 3, seed=1000 + i)) for i in range(200)
+    ]
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(200)
+    assert min(values) < 0
+    assert kernel_distance(normal(200, 3), normal(200, 3, seed=1) + 1.0) > 1.0
+
+
+def slow_precision_recall(real, generated, k):
+    def covered(points, by):
+        radius = np.sort(cdist(by, by), axis=1)[:, k]
+        return np.mean((cdist(points, by) <= radius * (1 + 1e-12)).any(axis=1))
+
+    return covered(generated, real), covered(real, generated)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_precision_recall_equals_brute_force(k):
+    real, generated = normal(150, 3), 0.5 * normal(120, 3, seed=1) + 0.8
+    precision, recall = precision_recall(real, generated, n_neighbors=k)
+    assert (precision, recall) == slow_precision_recall(real, generated, k)
+    assert precision > recall > 0.0
+
+
+def test_precision_recall_extremes():
+    X = normal(60, 3)
+    assert precision_recall(X, X) == (1.0, 1.0)
+    assert precision_recall(X, X + 100.0) == (0.0, 0.0)
+    # Duplicates give balls of radius zero, and values far from zero cost digits.
+    repeated = np.repeat(X[:8], 7, axis=0).astype(np.float32) + 1000.0
+    assert precision_recall(repeated, repeated) == (1.0, 1.0)
+    assert precision_recall(X, X[::-1] * 1e-3)[0] == 1.0
+
+
+def slow_copy_ratio(generated, source, real):
+    ratios = []
+    for g, s in zip(generated, source, strict=True):
+        others = [np.linalg.norm(g - r) for r in real if not np.array_equal(r, real[s])]
+        ratios.append(np.linalg.norm(g - real[s]) / min(others))
+    return np.median(ratios)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0, 10.0])
+def test_copy_ratio_equals_the_definition(noise):
+    real = np.r_[normal(60, 4), normal(60, 4)[:5]]
+    source = np.random.default_rng(3).integers(65, size=101)
+    generated = real[source] + noise * normal(101, 4, seed=4)
+    value = copy_ratio(generated, source, real)
+    assert value == pytest.approx(slow_copy_ratio(generated, source, real), rel=1e-10)
+    assert copy_ratio(generated, real[source], real) == value
+    if noise == 0.0:
+        assert value == 0.0
+
+
+def test_copy_ratio_closed_forms():
+    real = np.array([[0.0], [1.0], [10.0]])
+    assert copy_ratio([[0.5]], [0], real) == 1.0
+    assert copy_ratio([[0.8]], [0], real) == pytest.approx(4.0)
+    assert copy_ratio([[-1.0]], [0], real) == 0.5
+    assert copy_ratio([[1.0]], [0], real) == np.inf
+    # A duplicate of the source is the source: a copy of a duplicated cell is still a copy.
+    assert copy_ratio([[0.0]], [0], [[0.0], [-0.0], [3.0]]) == 0.0
+    # Another precision of the same rows is recognised.
+    wide = normal(9, 3)
+    assert copy_ratio(wide, wide.astype(np.float32), wide) == 0.0
+
+
+def test_spread_ratio():
+    X = normal(50, 3)
+    assert spread_ratio(X, X) == 1.0
+    assert spread_ratio(3.0 * X + 7.0, X) == pytest.approx(3.0)
+    Y = normal(40, 3, seed=1) * [1.0, 2.0, 3.0]
+    known = np.sqrt(np.trace(np.cov(Y.T)) / np.trace(np.cov(X.T)))
+    assert spread_ratio(Y, X) == pytest.approx(known)
+
+
+# ------------------------------------------------------------------ the report
+
+
+def test_quality_report_of_copies_is_that_of_the_real_samples():
+    X, y = make_blobs(120, centers=3, cluster_std=3.0, random_state=1)
+    report = quality_report(X, np.arange(120), X, labels=y)
+    assert report.label_consistency == report.real_label_consistency
+    assert 0.5 < report.real_label_consistency < 1.0
+    assert (report.spread_ratio, report.precision, report.recall) == (1.0, 1.0, 1.0)
+    assert report.copy_ratio == 0.0
+    assert report.near_copies
+    assert report.frechet_distance == pytest.approx(0.0, abs=1e-10)
+    assert report.n_generated == 120
+
+
+def test_quality_report_equals_its_parts(blobs):
+    X, y = blobs
+    source = np.random.default_rng(0).integers(120, size=80)
+    generated = X[source] + normal(80, 4)
+    report = quality_report(generated, X[source], X, labels=y, n_neighbors=5, random_state=1)
+    assert report.spread_ratio == spread_ratio(generated, X)
+    assert (report.precision, report.recall) == precision_recall(X, generated)
+    assert report.copy_ratio == copy_ratio(generated, source, X)
+    assert report.frechet_distance == frechet_distance(X, generated)
+    assert report.kernel_distance == kernel_distance(X, generated)
+    assert report.real_label_consistency == 1.0
+    assert report.label_consistency > 0.9
+    assert report.label_consistency == pytest.approx(
+        label_consistency(generated, y[source], X, y, n_neighbors=5), abs=0.05
+    )
+    assert not report.near_copies
+
+
+def test_quality_report_has_no_source_among_the_voters():
+    # Labels are noise and samples are copies: with its source as its only voter every label
+    # would be kept; without it, no more than by chance.
+    X, y = normal(300, 3), np.random.default_rng(1).integers(2, size=300)
+    assert label_consistency(X, y, X, y, n_neighbors=1) == 1.0
+    report = quality_report(X, np.arange(300), X, labels=y, n_neighbors=1)
+    assert 0.35 < report.label_consistency < 0.65
+
+
+def test_quality_report_measures_labels_in_the_embedding(blobs):
+    X, y = blobs
+    noisy = np.c_[X, 100.0 * normal(120, 1)]
+    source = np.arange(120)
+    plain = quality_report(noisy, source, noisy, labels=y)
+    embedded = quality_report(noisy, source, noisy, labels=y, embed=lambda Z: Z[:, :4])
+    assert plain.label_consistency < 0.9
+    assert embedded.label_consistency == 1.0
+    assert embedded.frechet_distance == plain.frechet_distance
+
+
+def test_quality_report_without_labels_or_sources(blobs):
+    X, y = blobs
+    report = quality_report(X + 0.1, np.arange(120), X)
+    assert report.label_consistency is None
+    assert report.real_label_consistency is None
+    assert report.copy_ratio > 0.0
+    report = quality_report(X + 0.1, None, X, labels=y)
+    assert report.label_consistency is None
+    assert report.real_label_consistency == 1.0
+    assert report.copy_ratio is None
+    assert not report.near_copies
+    assert "copy ratio                 -" in str(report)
+
+
+def test_quality_report_prints_and_tabulates():
+    report = QualityReport(0.9, 0.95, 1.01, 0.8, 0.7, 0.12, 1.5, 1e-5, 100)
+    text = str(report)
+    assert text.splitlines()[0] == "Quality of 100 generated samples"
+    assert len(text.splitlines()) == 8
+    assert "held-out real: 0.950" in text
+    assert "near-copies!" in text
+    assert "1e-05" in text
+    frame = report.to_frame()
+    assert frame.shape == (1, 9)
+    assert frame.loc[0, "copy_ratio"] == 0.12
+    assert len(pd.concat([frame, frame])) == 2
+    with pytest.raises(AttributeError):
+        report.recall = 1.0
+
+
+# ------------------------------------------------------------------ errors, untouched inputs
+
+PAIRWISE = [
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    spread_ratio,
+    lambda real, generated: copy_ratio(generated, np.zeros(len(generated), int), real),
+    lambda real, generated: quality_report(generated, None, real),
+]
+
+
+@pytest.mark.parametrize("score", PAIRWISE)
+def test_pairs_that_do_not_fit_are_refused(score):
+    X = normal(20, 3)
+    with pytest.raises(ValueError, match="features"):
+        score(X, normal(20, 4))
+    broken = X.copy()
+    broken[3, 1] = np.nan
+    with pytest.raises(ValueError, match=r"NaN"):
+        score(X, broken)
+    broken[3, 1] = np.inf
+    with pytest.raises(ValueError, match="infinity"):
+        score(broken, X)
+    with pytest.raises(ValueError, match=r"must be a matrix .* flatten images"):
+        score(X, normal(20, 2, 2, 3))
+
+
+@pytest.mark.parametrize("score", [frechet_distance, kernel_distance, spread_ratio])
+def test_one_sample_is_too_few(score):
+    with pytest.raises(ValueError, match="minimum of 2 is required"):
+        score(normal(1, 3), normal(9, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: clustering_accuracy([0, 1], [0]), "1 labels for 2 samples"),
+        (lambda: clustering_accuracy([], []), "y_true is empty"),
+        (lambda: clustering_accuracy([0.0, np.nan], [0, 1]), "missing labels"),
+        (lambda: clustering_accuracy(["a", None], [0, 1]), "missing labels"),
+        (lambda: clustering_accuracy([0.3, 0.7], [0, 1]), "continuous"),
+        (lambda: knn_accuracy(normal(30, 2), np.zeros(29)), "29 labels for 30 samples"),
+        (lambda: knn_accuracy(normal(9, 2), np.arange(9) % 2, cv=2), "n_neighbors=10 needs"),
+        (lambda: knn_accuracy(normal(9, 2), np.zeros(9), n_neighbors=0), "n_neighbors must"),
+        (lambda: linear_svm_accuracy(normal(9, 2), np.arange(9) % 2), "lower cv"),
+        (lambda: linear_svm_accuracy(normal(9, 2), np.arange(9) % 2, cv=1), "at least 2"),
+        (lambda: precision_recall(normal(5, 2), normal(9, 2)), "only 4 real samples besides"),
+        (lambda: precision_recall(normal(9, 2), normal(5, 2)), "only 4 generated samples besides"),
+        (lambda: copy_ratio(normal(3, 2), [0, 1, 9], normal(9, 2)), "0 to 8, got 0 to 9"),
+        (lambda: copy_ratio(normal(3, 2), [0, 1, -1], normal(9, 2)), "0 to 8, got -1 to 1"),
+        (lambda: copy_ratio(normal(3, 2), [0, 1], normal(9, 2)), "inconsistent numbers"),
+        (lambda: copy_ratio(normal(3, 2), [0.0, 1.0, 2.0], normal(9, 2)), "int row numbers"),
+        (lambda: copy_ratio(normal(3, 2), normal(3, 2, seed=5), normal(9, 2)), "not a row of real"),
+        (lambda: copy_ratio(normal(3, 2), normal(3, 4), normal(9, 2)), "source has 4 features"),
+        (lambda: copy_ratio(normal(3, 2), [0, 1, 2], np.ones((9, 2))), "two different rows"),
+        (lambda: spread_ratio(normal(3, 2), np.ones((9, 2))), "all rows of real are equal"),
+        (lambda: label_consistency([[0.0]], ["x"], normal(9, 1), ["a"] * 9, 3), r"\['x'\]"),
+        (lambda: label_consistency([[0.0]], ["a"], normal(9, 1), ["a"] * 9), "only 9 real"),
+        (
+            lambda: quality_report(
+                normal(9, 2), None, normal(9, 2), labels=[0] * 9, embed=lambda Z: Z[:3]
+            ),
+            "one row per sample",
+        ),
+    ],
+)
+def test_errors_say_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_inputs_and_global_randomness_stay_as_they_are(blobs):
+    X, y = blobs
+    before, state = X.copy(), np.random.get_state()[1].copy()  # noqa: NPY002
+    quality_report(X, X, X, labels=y)
+    knn_accuracy(X, y)
+    kmeans_scores(X, y)
+    assert np.array_equal(X, before)
+    assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
