@@ -15,7 +15,7 @@ _REFERENCE_LIMIT = 50_000
 
 
 def nearest_neighbors(rows, n_neighbors, *, random_state=0):
-    """Indices of the nearest rows of each row, itself excluded.
+    """Find the nearest rows of each row, itself excluded.
 
     Exact (scikit-learn) up to 5 000 rows, approximate by NN-descent (pynndescent, where installed)
     above. Rows that lie on disk search among at most 50 000 random others.
@@ -47,8 +47,8 @@ def nearest_neighbors(rows, n_neighbors, *, random_state=0):
     n = len(rows)
     if n_neighbors >= n:
         raise ValueError(
-            f"n_neighbors={n_neighbors} needs more than {n_neighbors} samples, got n_samples = {n}. "
-            "Lower n_neighbors, or leave it at 'auto'."
+            f"n_neighbors={n_neighbors} needs more than {n_neighbors} samples, got n_samples = "
+            f"{n}. Lower n_neighbors, or leave it at 'auto'."
         )
     in_memory = isinstance(rows, torch.Tensor) or rows.in_memory
     reference = np.arange(n)
@@ -62,7 +62,7 @@ def nearest_neighbors(rows, n_neighbors, *, random_state=0):
         stop = min(start + 16_384, n)
         block = points[start:stop] if len(reference) == n else np.asarray(rows[start:stop])
         candidates = reference[search(block)]
-        # A row is its own nearest neighbour, but not always the first among equals, nor always found.
+        # A row is its own nearest neighbour, but not always first among equals, nor always found.
         itself = candidates == np.arange(start, stop)[:, None]
         itself[~itself.any(axis=1), -1] = True
         found[start:stop] = candidates[~itself].reshape(-1, n_neighbors)

@@ -4,13 +4,19 @@ This is the only file that imports private names of scikit-learn; the others tak
 """
 
 import copy
+import functools
 import os
 import secrets
 from numbers import Integral, Real
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, _fit_context
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    _fit_context,
+)
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, Options, StrOptions
 from torch import nn
@@ -18,9 +24,34 @@ from torch import nn
 from diffaugkit.persistence import save
 from diffaugkit.training import fit_loop, mix_seed, resolve_device
 
-__all__ = ["HasMethods", "Interval", "Options", "StrOptions", "TorchEstimator", "_fit_context"]
+__all__ = [
+    "HasMethods",
+    "Interval",
+    "Options",
+    "StrOptions",
+    "TorchEstimator",
+    "TorchTransformer",
+    "_fit_context",
+    "all_or_nothing",
+]
 
 _CHILD = 3
+
+
+def all_or_nothing(fit):
+    """Let a failed or interrupted ``fit`` leave the estimator as it was, still fitted if it was."""
+
+    @functools.wraps(fit)
+    def run(self, *args, **kwargs):
+        before = dict(vars(self))
+        try:
+            return fit(self, *args, **kwargs)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    return run
 
 
 class TorchEstimator(BaseEstimator):
@@ -141,7 +172,8 @@ class TorchEstimator(BaseEstimator):
         """
         names = ("max_epochs", "learning_rate", "precision", "compile", "callbacks")
         common = {name: getattr(self, name) for name in (*names, "checkpoint_dir", "verbose")}
-        common |= {"device": self._device(), "seed": seed, "description": getattr(self, "_description", type(self).__name__)}
+        description = getattr(self, "_description", type(self).__name__)
+        common |= {"device": self._device(), "seed": seed, "description": description}
         return fit_loop(module, loss_fn, batches, **common | options)
 
     def __getstate__(self):
@@ -151,6 +183,15 @@ class TorchEstimator(BaseEstimator):
     def __sklearn_tags__(self):  # noqa: D105
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
+        return tags
+
+
+class TorchTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimator):
+    """Base class of those with ``transform``, which give float32 whatever they are given."""
+
+    def __sklearn_tags__(self):  # noqa: D105
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
 
 

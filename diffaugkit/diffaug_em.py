@@ -1,9 +1,9 @@
 """DiffAug: an encoder and a generator that teach each other, by turns.
 
-Zang et al., "Boosting Unsupervised Contrastive Learning Using Diffusion-Based Data Augmentation From
-Scratch", arXiv 2309.07909, Algorithm 1. The E-step fits the encoder on views of each sample, some of
-them generated; the M-step fits the generator on the frozen encoder's embeddings; at each switch back
-the generated views are drawn anew.
+Zang et al., "Boosting Unsupervised Contrastive Learning Using Diffusion-Based Data Augmentation
+From Scratch", arXiv 2309.07909, Algorithm 1. The E-step fits the encoder on views of each sample,
+some of them generated; the M-step fits the generator on the frozen encoder's embeddings; at each
+switch back the generated views are drawn anew.
 
 ===========  ======================================
 paper        here
@@ -22,13 +22,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, clone
+from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils import column_or_1d
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch import nn
 
-from diffaugkit.base import HasMethods, Interval, StrOptions, TorchEstimator, _fit_context
+from diffaugkit.base import (
+    HasMethods,
+    Interval,
+    StrOptions,
+    TorchTransformer,
+    _fit_context,
+    all_or_nothing,
+)
 from diffaugkit.data import check_X
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion
 from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
@@ -37,7 +44,7 @@ from diffaugkit.training import make_batches, mix_seed
 _PAPER_SCHEDULE = (330, 330, 340)
 
 
-class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimator):
+class DiffAugEM(TorchTransformer):
     """Embed unlabelled samples with positives that a diffusion model generates from the embedding.
 
     The main job of the library: from a table of cells, without labels, a high-dimensional embedding
@@ -54,8 +61,8 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
         An :class:`~diffaugkit.EmbeddingConditionedDiffusion` to be cloned and fitted.
     schedule : "auto" or tuple of int, default="auto"
         Epochs of the phases E, M, E, M, E, ...: an odd number of phases. "auto" is the paper's
-        (330, 330, 340), or fewer where 5 000 batches a phase come sooner (from about 4 500 samples
-        on). An M-step of 0 epochs is left out: (330, 0, 340) is the encoder alone.
+        (330, 330, 340), or fewer where 2 000 batches a phase come sooner (from about 1 800 samples
+        on), but at least 5. An M-step of 0 epochs is left out: (330, 0, 340) is the encoder alone.
     augmentation_prob : float, default=0.1
         lambda of the paper: share of second views that are generated.
     n_views : int, default=4
@@ -69,7 +76,7 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
         Layer of an AnnData to read instead of ``.X``.
     batch_size : int, default=300
         Of parts that are "auto"; the paper's.
-    learning_rate : float, default=1e-3
+    learning_rate : float, default=2e-3
         Of parts that are "auto".
     device, precision, compile, random_state, verbose, checkpoint_dir, callbacks
         Common parameters, handed to both parts; see :class:`~diffaugkit.base.TorchEstimator`. Each
@@ -114,7 +121,7 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
     """
 
     _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
-        **{k: v for k, v in TorchEstimator._parameter_constraints.items() if k != "max_epochs"},
+        **{k: v for k, v in TorchTransformer._parameter_constraints.items() if k != "max_epochs"},
         "encoder": [HasMethods(["fit", "transform"]), StrOptions({"auto"})],
         "diffusion": [HasMethods(["fit", "sample"]), StrOptions({"auto"})],
         "schedule": [StrOptions({"auto"}), tuple, list],
@@ -139,7 +146,7 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
         joint=False,
         layer=None,
         batch_size=300,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         device="auto",
         precision="auto",
         compile=False,
@@ -167,6 +174,7 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
         self.callbacks = callbacks
 
     @_fit_context(prefer_skip_nested_validation=False)
+    @all_or_nothing
     def fit(self, X, y=None):
         """Run the E- and M-steps of the schedule.
 
@@ -201,6 +209,7 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
         diffusion = self._part(self.diffusion, EmbeddingConditionedDiffusion, seed, 1)
         if not isinstance(encoder, FrozenEstimator):
             encoder.set_params(positives_prob=self.augmentation_prob)
+        self._check_frozen(encoder, diffusion)
         fitted, positives, history = None, None, []
 
         schedule = self._schedule(encoder, len(rows))
@@ -210,17 +219,22 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
                 continue
             self._set_phase(encoder, phase, number, len(schedule), epochs, warm=number > 0)
             self._set_phase(diffusion, phase, number, len(schedule), epochs)
-            if phase == "EM":
-                fitted = self._joint_step(rows, positives, labels, encoder, diffusion, seed, number)
-            elif phase == "E":
+            if phase == "E":
                 encoder.fit(rows, positives=positives)
             else:
-                fitted = diffusion.fit(rows, embeddings=self._condition(encoder, rows, labels, seed))
-            if fitted is not None and "M" in phase and number + 1 < len(schedule):
-                embeddings = self._condition(encoder, rows, labels, seed)
-                positives = list(fitted._views(embeddings, self.n_views, mix_seed(seed, number)))
+                if phase == "EM":
+                    self._joint_step(rows, positives, labels, encoder, diffusion, seed, number)
+                conditioner = self._conditioner(encoder, diffusion)
+                embeddings = self._condition(conditioner, rows, labels, seed)
+                fitted = diffusion
+                if phase == "M":
+                    diffusion.fit(rows, embeddings=embeddings)
+                if number + 1 < len(schedule):
+                    views = diffusion._views(embeddings, self.n_views, mix_seed(seed, number))
+                    positives = list(views)
             part = diffusion if phase == "M" else encoder
-            history.append(part.history_.assign(phase=phase, round=number // 2))
+            if not isinstance(part, FrozenEstimator):
+                history.append(part.history_.assign(phase=phase, round=number // 2))
 
         self.encoder_, self.diffusion_ = encoder, fitted
         self._set_history(history)
@@ -306,18 +320,35 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
         embeddings = self._generator_condition(rows)
         return self.diffusion_._report(rows, embeddings, labels, random_state)
 
-    # ---- phases ------------------------------------------------------------------------------------
+    # ---- phases ----------------------------------------------------------------------------------
 
     def _part(self, part, default, seed, number):
         """Make or clone a part and hand it the common parameters."""
         if isinstance(part, FrozenEstimator):
             return part
         if part == "auto":
-            part = default(batch_size=self.batch_size, learning_rate=self.learning_rate)
+            names = ("batch_size", "learning_rate", "layer")
+            part = default(**{k: getattr(self, k) for k in names})
+        if not isinstance(part, default):
+            raise TypeError(
+                f"{type(part).__name__} cannot be trained by turns: give a {default.__name__}, or "
+                "FrozenEstimator(...) of a fitted estimator."
+            )
         common = ("device", "precision", "compile", "verbose", "callbacks")
-        return clone(part).set_params(
+        part = clone(part).set_params(
             random_state=self._child_seed(seed, number), **{k: getattr(self, k) for k in common}
         )
+        part._validate_params()  # now, and not after the phases before its own
+        return part
+
+    def _check_frozen(self, encoder, diffusion):
+        frozen = [isinstance(part, FrozenEstimator) for part in (encoder, diffusion)]
+        if self.joint and any(frozen):
+            raise ValueError("joint=True trains both parts at once: neither can be frozen.")
+        if frozen[1] and diffusion._condition is None:
+            raise ValueError(
+                "The frozen diffusion is unconditional: it cannot generate views of a sample."
+            )
 
     def _schedule(self, encoder, n_samples):
         if self.schedule == "auto":
@@ -327,8 +358,8 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
         whole = all(isinstance(epochs, Integral) and epochs >= 0 for epochs in schedule)
         if len(schedule) % 2 == 0 or not whole or schedule[0] == 0:
             raise ValueError(
-                f"schedule={self.schedule!r} must be an odd number of phases E, M, E, ... in epochs, "
-                "for example (330, 330, 340); the first must be at least 1."
+                f"schedule={self.schedule!r} must be an odd number of phases E, M, E, ... in "
+                "epochs, for example (330, 330, 340); the first must be at least 1."
             )
         return schedule
 
@@ -344,8 +375,14 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
             part.set_params(warm_start=warm)
         part._description = f"{phase}-step {number + 1}/{n_phases}"
 
+    @staticmethod
+    def _conditioner(encoder, diffusion):
+        """Find the encoder that the generator listens to: a frozen one keeps its own."""
+        own = diffusion.encoder_ if isinstance(diffusion, FrozenEstimator) else None
+        return encoder if own is None else own
+
     def _condition(self, encoder, rows, labels, seed):
-        """What the generator sees of each row, (n, E)."""
+        """Give what the generator sees of each row, (n, E)."""
         if self.condition == "embedding":
             return encoder.transform(rows)
         if self.condition == "projection":
@@ -362,6 +399,8 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
         The condition of the generator is the embedding of the row as it is, without gradient.
         """
         going_on = number > 0
+        for part in (encoder, diffusion):
+            check_X(part, rows, reset=True)
         e_step = encoder._prepare(rows, positives, seed=self._child_seed(seed, 10 + number))
         if not going_on:
             encoder._set_fitted(e_step, e_step.module, [])
@@ -378,8 +417,10 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
             seed=self._child_seed(seed, 30 + number),
             device=self._device(),
         )
-        moments = [torch.from_numpy(np.asarray(m_step.condition[k], np.float32)) for k in ("mean", "std")]
-        mean, spread = (moment.to(self._device()) for moment in moments)
+        mean, spread = (
+            torch.as_tensor(m_step.condition[name], dtype=torch.float32, device=self._device())
+            for name in ("mean", "std")
+        )
 
         def loss(x, neighbors, *rest):
             *generated, latents, given = rest
@@ -393,12 +434,17 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
             return {"loss": e_loss + m_loss, "e_loss": e_loss, "m_loss": m_loss}
 
         _, history = encoder._fit_loop(
-            both, loss, batches, seed=self._child_seed(seed, 40 + number), warmup=0.05, grad_clip=5.0
+            both,
+            loss,
+            batches,
+            seed=self._child_seed(seed, 40 + number),
+            warmup=0.05,
+            grad_clip=5.0,
         )
         encoder._set_fitted(e_step, e_step.module, history)
-        diffusion.n_features_in_ = encoder.n_features_in_
+        m_step.pool = self._condition(encoder, rows, labels, seed)[m_step.picked]
         diffusion.encoder_ = None
-        return diffusion._set_fitted(m_step, m_step.module, history)
+        diffusion._set_fitted(m_step, m_step.module, history)
 
     def _check_labels(self, y, n):
         if self.condition != "supervised":
@@ -413,7 +459,7 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
         import pandas as pd
 
         first = ["phase", "round", "epoch", "loss"]
-        table = pd.concat(history, ignore_index=True)
+        table = pd.concat(history, ignore_index=True) if history else pd.DataFrame(columns=first)
         self.history_ = table[[*first, *(c for c in table.columns if c not in first)]]
         self.n_iter_ = len(table)
 
@@ -427,9 +473,10 @@ class DiffAugEM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimato
         if self.condition == "supervised":
             raise ValueError(
                 "A generator conditioned on labels cannot augment unlabelled rows: call "
-                "diffusion_.sample() with one-hot labels."
+                "diffusion_.sample() with one-hot labels, classes in sorted order."
             )
-        return self._condition(self.encoder_, rows, None, self._condition_seed)
+        conditioner = self._conditioner(self.encoder_, self.diffusion_)
+        return self._condition(conditioner, rows, None, self._condition_seed)
 
     @property
     def _n_features_out(self):

@@ -18,12 +18,20 @@ from numbers import Integral, Real
 
 import numpy as np
 import torch
-from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, clone
+from sklearn.base import clone
+from sklearn.frozen import FrozenEstimator
 from sklearn.utils import check_array
 from sklearn.utils.validation import check_is_fitted
 
-from diffaugkit.base import HasMethods, Interval, StrOptions, TorchEstimator, _fit_context
-from diffaugkit.data import DenseRows, MappedRows, PrincipalComponents, check_X, principal_components
+from diffaugkit.base import (
+    HasMethods,
+    Interval,
+    StrOptions,
+    TorchTransformer,
+    _fit_context,
+    all_or_nothing,
+)
+from diffaugkit.data import DenseRows, MappedRows, PrincipalComponents, check_X
 from diffaugkit.diffusion import (
     BETA_SCHEDULES,
     PREDICTION_TYPES,
@@ -33,7 +41,7 @@ from diffaugkit.diffusion import (
     RowNoise,
     sample_in_batches,
 )
-from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
+from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs, linear_space, project_rows
 from diffaugkit.metrics import quality_report
 from diffaugkit.networks import DENOISERS
 from diffaugkit.training import isolated_rng, make_batches, mix_seed
@@ -42,9 +50,7 @@ from diffaugkit.training import isolated_rng, make_batches, mix_seed
 _POOL = 4_096
 
 
-class EmbeddingConditionedDiffusion(
-    ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimator
-):
+class EmbeddingConditionedDiffusion(TorchTransformer):
     """Generate samples from the embedding of a sample, by a conditional diffusion model.
 
     Parameters
@@ -79,19 +85,19 @@ class EmbeddingConditionedDiffusion(
     sampler : {"dpmsolver++", "ddim", "ddpm"}, default="dpmsolver++"
         From diffusers. The paper's is ddpm with 1 000 steps.
     n_sampling_steps : int, default=20
-        Steps of the sampler.
+        Steps of the sampler, clipped to `n_timesteps`.
     ema_decay : float or None, default=0.999
         Average of the weights, with warm-up, used for sampling.
-    width, n_blocks : int, default=512 and 4
+    width, n_blocks : int, default=256 and 4
         Size of the denoiser; for ``"diffaug"`` the width is that of its hidden layers (paper:
         2 000) and the number of blocks is fixed.
     layer : str or None, default=None
         Layer of an AnnData to read instead of ``.X``.
     max_epochs : int or "auto", default="auto"
-        330, the paper's M-step, or as many as make 5 000 batches if that is fewer.
+        330, the paper's M-step, or as many as make 2 000 batches if that is fewer.
     batch_size : int, default=300
         The paper's.
-    learning_rate : float, default=1e-3
+    learning_rate : float, default=2e-3
         Peak rate of AdamW with warm-up and cosine.
     device, precision, compile, random_state, verbose, checkpoint_dir, callbacks
         Common parameters; see :class:`~diffaugkit.base.TorchEstimator`.
@@ -125,7 +131,7 @@ class EmbeddingConditionedDiffusion(
     """
 
     _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
-        **TorchEstimator._parameter_constraints,
+        **TorchTransformer._parameter_constraints,
         "encoder": [HasMethods(["fit", "transform"]), StrOptions({"auto"}), None],
         "denoiser": [StrOptions({"auto", *DENOISERS})],
         "autoencoder": [None],
@@ -164,12 +170,12 @@ class EmbeddingConditionedDiffusion(
         sampler="dpmsolver++",
         n_sampling_steps=20,
         ema_decay=0.999,
-        width=512,
+        width=256,
         n_blocks=4,
         layer=None,
         max_epochs="auto",
         batch_size=300,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         device="auto",
         precision="auto",
         compile=False,
@@ -207,6 +213,7 @@ class EmbeddingConditionedDiffusion(
         self.callbacks = callbacks
 
     @_fit_context(prefer_skip_nested_validation=False)
+    @all_or_nothing
     def fit(self, X, y=None, *, embeddings=None):
         """Fit the encoder, unless embeddings are given, and then the denoiser.
 
@@ -240,12 +247,7 @@ class EmbeddingConditionedDiffusion(
         seed = self._seed()
         encoder = None
         if embeddings is None and self.encoder is not None:
-            encoder = self.encoder
-            if encoder == "auto":
-                names = ("device", "precision", "verbose", "layer")
-                common = {name: getattr(self, name) for name in names}
-                encoder = SelfSupervisedEncoder(random_state=self._child_seed(seed, 0), **common)
-            encoder = clone(encoder).fit(rows)
+            encoder = self._make_encoder(seed).fit(rows)
             embeddings = encoder.transform(rows)
         state = self._prepare(rows, embeddings, seed=seed)
         module, history = self._fit_loop(
@@ -283,7 +285,7 @@ class EmbeddingConditionedDiffusion(
                 "This model has no encoder of its own: it was fitted on given embeddings or with "
                 "encoder=None. Embed X yourself and call sample(embeddings)."
             )
-        return self.encoder_.transform(check_X(self, X, reset=False, layer=self.layer))
+        return self.encoder_.transform(self._check_rows(X))
 
     def sample(self, n_or_embeddings=1, *, random_state=None):
         """Generate samples.
@@ -330,7 +332,7 @@ class EmbeddingConditionedDiffusion(
             ``np.repeat(np.arange(n_samples), n_per_sample)`` gives the source of each.
         """
         check_is_fitted(self, "module_")
-        rows = check_X(self, X, reset=False, layer=self.layer, allow_counts=False)
+        rows = self._check_rows(X)
         embeddings = None if self._condition is None else self.transform(rows)
         return self._augment(rows, embeddings, n_per_sample, strength, random_state)
 
@@ -373,13 +375,33 @@ class EmbeddingConditionedDiffusion(
             See :func:`~diffaugkit.metrics.quality_report`.
         """
         check_is_fitted(self, "module_")
-        rows = check_X(self, X, reset=False, layer=self.layer, allow_counts=False)
+        rows = self._check_rows(X)
         embeddings = None if self._condition is None else self.transform(rows)
         return self._report(rows, embeddings, labels, random_state)
 
-    # ---- pieces that DiffAugEM shares --------------------------------------------------------------
+    def _check_rows(self, X):
+        return check_X(self, X, reset=False, layer=self.layer, allow_counts=False)
+
+    def _make_encoder(self, seed):
+        if self.encoder == "auto":
+            names = ("device", "precision", "verbose", "layer")
+            common = {name: getattr(self, name) for name in names}
+            encoder = SelfSupervisedEncoder(**common)
+        else:
+            encoder = clone(self.encoder)
+        frozen = isinstance(encoder, FrozenEstimator)
+        if not frozen and encoder.get_params().get("random_state", 0) is None:
+            # One seed makes the whole fit repeatable, as a resumed run has to be.
+            encoder.set_params(random_state=self._child_seed(seed, 0))
+        return encoder
+
+    # ---- pieces that DiffAugEM shares ------------------------------------------------------------
 
     def _augment(self, rows, embeddings, n_per_sample, strength, random_state):
+        if not isinstance(n_per_sample, Integral) or n_per_sample < 1:
+            raise ValueError(f"n_per_sample={n_per_sample!r} must be an integer of at least 1.")
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength={strength!r} must be in (0, 1].")
         seed = self._sampling_seed if random_state is None else int(random_state)
         views = [
             self._decode(
@@ -390,11 +412,10 @@ class EmbeddingConditionedDiffusion(
         return torch.stack(views, dim=1).flatten(0, 1).numpy()
 
     def _views(self, embeddings, n_views, seed):
-        """Generated views of the training rows, decoded batch by batch as they are read."""
-        space = self._pcs()
+        """Generate views of the training rows, decoded batch by batch as they are read."""
         for view in range(n_views):
             latents = self._sample_latents(embeddings, len(embeddings), mix_seed(seed, view))
-            yield MappedRows(DenseRows(latents), self._decode, len(space.mean))
+            yield MappedRows(DenseRows(latents), self._decode, len(self._space["mean"]))
 
     def _report(self, rows, embeddings, labels, random_state):
         latents = self._sample_latents(embeddings, len(rows), random_state, rows).numpy()
@@ -434,16 +455,16 @@ class EmbeddingConditionedDiffusion(
     def _diffusion(self):
         return Diffusion(self.n_timesteps, self.beta_schedule, prediction_type=self.prediction_type)
 
-    def _pcs(self):
-        return PrincipalComponents(
-            self._space["mean"], self._space["components"], self._space["std"]
-        )
-
     def _latents(self, rows):
-        return whiten(rows, self._pcs())
+        space = self._space
+        return project_rows(rows, space["mean"], space["components"], space["std"])
 
     def _decode(self, latents):
-        return self._pcs().inverse(latents * torch.from_numpy(self._space["std"]).to(latents))
+        mean, components, std = (self._space[name] for name in ("mean", "components", "std"))
+        scores = latents * torch.from_numpy(std).to(latents)
+        if components is None:
+            return scores + torch.from_numpy(mean).to(scores)
+        return PrincipalComponents(mean, components, std).inverse(scores)
 
     def _conditions(self, n_or_embeddings, seed):
         """Embeddings to draw under, or None for the unconditional model."""
@@ -456,13 +477,7 @@ class EmbeddingConditionedDiffusion(
             return self._pool[rng.integers(len(self._pool), size=int(n_or_embeddings))]
         if self._condition is None:
             raise ValueError("This model is unconditional: give sample() a number, not embeddings.")
-        embeddings = check_array(n_or_embeddings, dtype=np.float32)
-        width = len(self._condition["mean"])
-        if embeddings.shape[1] != width:
-            raise ValueError(
-                f"embeddings have {embeddings.shape[1]} features, but the model was fitted on {width}."
-            )
-        return embeddings
+        return check_array(n_or_embeddings, dtype=np.float32, input_name="embeddings")
 
     def _sample_latents(self, embeddings, n, seed, rows=None, strength=1.0):
         """Whitened samples (n, k); row i draws from its own stream whatever n is."""
@@ -487,7 +502,7 @@ class EmbeddingConditionedDiffusion(
                     module,
                     noise().to(device),
                     cond,
-                    n_steps=self.n_sampling_steps,
+                    n_steps=min(self.n_sampling_steps, self.n_timesteps),
                     sampler=self.sampler,
                     guidance_scale=self.guidance_scale,
                     x_start=None if start is None else start[index].to(device),
@@ -508,12 +523,10 @@ class _Fit:
 
     def __init__(self, estimator, rows, embeddings, seed):
         self.estimator, self.seed = estimator, seed
-        pcs = _fit_space(rows, estimator.n_pcs)
-        self.space = {
-            "mean": pcs.mean,
-            "components": pcs.components,
-            "std": pcs.explained_std.astype(np.float32),
-        }
+        mean, components, std = linear_space(rows, estimator.n_pcs)
+        # A constant column has no spread to undo.
+        std = np.where(std > 0, std, 1.0).astype(np.float32)
+        self.space = {"mean": mean, "components": components, "std": std}
         self.condition = self.pool = None
         n_condition = 0
         if embeddings is not None:
@@ -523,16 +536,17 @@ class _Fit:
                     f"embeddings have {len(embeddings)} rows, but X has {len(rows)}: one each."
                 )
             spread = embeddings.std(axis=0)
-            self.condition = {"mean": embeddings.mean(axis=0), "std": np.where(spread > 0, spread, 1)}
-            pick = np.random.default_rng(seed).permutation(len(rows))[:_POOL]
-            self.pool = embeddings[np.sort(pick)]
+            spread = np.where(spread > 0, spread, 1)
+            self.condition = {"mean": embeddings.mean(axis=0), "std": spread}
+            self.picked = np.sort(np.random.default_rng(seed).permutation(len(rows))[:_POOL])
+            self.pool = embeddings[self.picked]
             embeddings = standardise(embeddings, self.condition)
             n_condition = embeddings.shape[1]
         with isolated_rng(estimator._child_seed(seed, 1)):
-            self.module = estimator._make_module(len(pcs.explained_std), n_condition)
+            self.module = estimator._make_module(len(std), n_condition)
         self.diffusion = estimator._diffusion()
         self.batches = make_batches(
-            whiten(rows, pcs),
+            project_rows(rows, mean, components, std),
             embeddings,
             batch_size=estimator.batch_size,
             seed=estimator._child_seed(seed, 2),
@@ -551,31 +565,13 @@ class _Fit:
         )
 
 
-def _fit_space(rows, n_pcs):
-    if n_pcs is not None:
-        pcs = principal_components(rows, n_pcs)
-        # A constant data set has one component of no spread.
-        spread = np.where(pcs.explained_std > 0, pcs.explained_std, 1.0)
-        return PrincipalComponents(pcs.mean, pcs.components, spread)
-    mean = sum(batch.sum(0).double() for _, batch in rows.batches()).numpy() / len(rows)
-    squares = sum((batch.double() - torch.from_numpy(mean)).square().sum(0) for _, batch in rows.batches())
-    spread = np.sqrt(squares.numpy() / (len(rows) - 1))
-    return PrincipalComponents(mean, np.eye(len(mean)), np.where(spread > 0, spread, 1.0))
-
-
-def whiten(rows, pcs):
-    """Scores of unit variance: DenseRows in memory, read through for rows on disk."""
-    spread = torch.from_numpy(pcs.explained_std.astype(np.float32))
-    known = [p for p in rows._memo.values() if isinstance(p, PrincipalComponents)]
-    same = [p for p in known if np.array_equal(p.components, pcs.components)]
-    scores = (same[0] if same else pcs).transform(rows)
-    if scores.resident:
-        return DenseRows(scores.tensor / spread)
-    return MappedRows(scores, lambda batch: batch / spread, len(spread))
-
-
 def standardise(embeddings, condition):
     """Zero mean and unit variance per column, float32."""
+    width = len(condition["mean"])
+    if embeddings.shape[1] != width:
+        raise ValueError(
+            f"embeddings have {embeddings.shape[1]} features, but the model was fitted on {width}."
+        )
     return ((embeddings - condition["mean"]) / condition["std"]).astype(np.float32)
 
 

@@ -19,21 +19,27 @@ from numbers import Integral, Real
 
 import numpy as np
 import torch
-from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from diffaugkit.augmentations import nearest_neighbors, neighbor_mixup
-from diffaugkit.base import Interval, StrOptions, TorchEstimator, _fit_context
-from diffaugkit.data import DenseRows, MappedRows, PrincipalComponents, Rows, check_X, principal_components
+from diffaugkit.base import Interval, StrOptions, TorchTransformer, _fit_context, all_or_nothing
+from diffaugkit.data import (
+    DenseRows,
+    MappedRows,
+    PrincipalComponents,
+    check_X,
+    principal_components,
+)
 from diffaugkit.diffusion import sample_in_batches
 from diffaugkit.losses import KERNELS, nt_xent, soft_contrastive
 from diffaugkit.networks import EmbeddingMLP
 from diffaugkit.training import isolated_rng, make_batches
 
-_DEFAULT_NEIGHBORS = 15
+_DEFAULT_NEIGHBORS = 30
 
 
-class SelfSupervisedEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimator):
+class SelfSupervisedEncoder(TorchTransformer):
     """Learn an embedding from unlabelled data by contrasting views of samples.
 
     Rows are first projected to their leading principal components (one common scale, not whitened:
@@ -45,8 +51,8 @@ class SelfSupervisedEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     Parameters
     ----------
     method : {"auto", "scl", "simclr"}, default="auto"
-        Loss. ``"scl"``, which is also ``"auto"``: the soft contrastive loss of DiffAug. ``"simclr"``:
-        InfoNCE on z (the ablation B3 of the paper).
+        Loss. ``"scl"``, which is also ``"auto"``: the soft contrastive loss of DiffAug.
+        ``"simclr"``: InfoNCE on z (the ablation B3 of the paper).
     backbone : {"auto", "mlp"}, default="auto"
         Network for vectors: an MLP with BatchNorm.
     n_components : int, default=50
@@ -62,7 +68,8 @@ class SelfSupervisedEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         Principal components in front of the network; clipped to what the data have. None feeds the
         features as they are, centred and brought to one common scale.
     n_neighbors : int or "auto", default="auto"
-        Neighbours among which the mix-up picks; "auto" is 15, or fewer for fewer than 16 samples.
+        Neighbours among which the mix-up picks; "auto" is 30, or fewer for few samples: at
+        most a tenth of them, but at least 5 where there are more than 5 samples.
     nu : float, default=100.0
         Degrees of freedom of the kernel in y, the paper's.
     nu_projection : float, default=1.0
@@ -92,12 +99,13 @@ class SelfSupervisedEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     layer : str or None, default=None
         Layer of an AnnData to read instead of ``.X``.
     max_epochs : int or "auto", default="auto"
-        Passes over the data. "auto" is 330, the paper's E-step, or as many as make 5 000 batches if
+        Passes over the data. "auto" is 330, the paper's E-step, or as many as make 2 000 batches if
         that is fewer, but at least 5: large data need fewer passes.
     batch_size : int, default=300
         The paper's. Other rows of the batch are the negatives.
-    learning_rate : float, default=1e-3
-        Peak rate of AdamW with warm-up and cosine; the released code's (the paper prints 1e-4).
+    learning_rate : float, default=2e-3
+        Peak rate of AdamW with warm-up and cosine. The released code has 1e-3, the paper prints
+        1e-4, both for many more steps.
     device, precision, compile, random_state, verbose, checkpoint_dir, callbacks
         Common parameters; see :class:`~diffaugkit.base.TorchEstimator`.
 
@@ -134,7 +142,7 @@ class SelfSupervisedEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     """
 
     _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
-        **TorchEstimator._parameter_constraints,
+        **TorchTransformer._parameter_constraints,
         "method": [StrOptions({"auto", "scl", "simclr"})],
         "backbone": [StrOptions({"auto", "mlp"})],
         "n_components": [Interval(Integral, 1, None, closed="left")],
@@ -185,7 +193,7 @@ class SelfSupervisedEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         layer=None,
         max_epochs="auto",
         batch_size=300,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         device="auto",
         precision="auto",
         compile=False,
@@ -227,6 +235,7 @@ class SelfSupervisedEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         self.callbacks = callbacks
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @all_or_nothing
     def fit(self, X, y=None, *, positives=None):
         """Learn the embedding.
 
@@ -314,18 +323,21 @@ class SelfSupervisedEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
 
         return knn_accuracy(self.transform(X), y)
 
-    # ---- pieces that DiffAugEM's joint training shares --------------------------------------------
+    # ---- pieces that DiffAugEM's joint training shares -------------------------------------------
 
     def _check_fit_input(self, X):
         return check_X(
             self,
             X,
-            reset=True,
+            reset=not self._goes_on(),
             layer=self.layer,
             allow_counts=False,
             ensure_min_samples=2,
             ensure_min_features=2,
         )
+
+    def _goes_on(self):
+        return self.warm_start and hasattr(self, "module_")
 
     def _prepare(self, rows, positives, *, seed):
         """Everything a loop needs; nothing of it is kept on the estimator before the loop ends."""
@@ -384,23 +396,26 @@ class _Fit:
     def __init__(self, encoder, rows, positives, seed):
         device = encoder._device()
         self.encoder, self.seed = encoder, seed
-        going_on = encoder.warm_start and hasattr(encoder, "module_")
+        going_on = encoder._goes_on()
         if going_on:
             self.space = encoder.mean_, encoder.components_, encoder.scale_
-            self.module = encoder.module_
         else:
             self.space = _fit_space(rows, encoder.n_pcs)
-            n_inputs = rows.shape[1] if self.space[1] is None else len(self.space[1])
-            with isolated_rng(encoder._child_seed(seed, 0)):
-                self.module = encoder._make_module(n_inputs)
+        n_inputs = rows.shape[1] if self.space[1] is None else len(self.space[1])
+        with isolated_rng(encoder._child_seed(seed, 0)):
+            self.module = encoder._make_module(n_inputs)
+        if going_on:
+            # A copy: a fit that fails must not leave half-trained weights.
+            _copy_weights(encoder.module_, self.module)
         inputs = project_rows(rows, *self.space)
         k = encoder.n_neighbors
-        k = min(_DEFAULT_NEIGHBORS, len(rows) - 1) if k == "auto" else k
+        if k == "auto":
+            k = min(_DEFAULT_NEIGHBORS, max(5, len(rows) // 10), len(rows) - 1)
+        # Neighbours depend on the directions alone, neither on the scale nor on the seed.
+        key = (k, None if self.space[1] is None else self.space[1].tobytes())
         memo = rows._memo.get("neighbors")
-        key = (k, *(0 if part is None else part.shape for part in self.space[:2]))
         if memo is None or memo[0] != key:
-            neighbors = nearest_neighbors(inputs, k, random_state=seed % 2**31)
-            memo = rows._memo["neighbors"] = (key, neighbors)
+            memo = rows._memo["neighbors"] = (key, nearest_neighbors(inputs, k))
         views = _positive_views(positives, rows, self.space)
         self.inputs = inputs.tensor.to(device) if inputs.resident else inputs
         self.batches = make_batches(
@@ -440,39 +455,46 @@ class _Fit:
         )
 
 
-def auto_epochs(max_epochs, steps_per_epoch, *, paper=330, most_steps=5_000):
+def auto_epochs(max_epochs, steps_per_epoch, *, paper=330, most_steps=2_000):
     """Epochs of a phase: the paper's, or as many as make `most_steps` batches, at least 5."""
     if max_epochs != "auto":
         return max_epochs
     return max(5, min(paper, -(-most_steps // steps_per_epoch)))
 
 
+def _copy_weights(source, module):
+    try:
+        module.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            "warm_start=True goes on with the network of the previous fit, but parameters of its "
+            f"size were changed since. Restore them, or set warm_start=False. {error}"
+        ) from error
+
+
 def _fit_space(rows, n_pcs):
     """Mean, components or None, and the one scale that gives the input unit variance on average."""
-    if n_pcs is None:
-        total, squares = np.zeros(rows.shape[1]), np.zeros(rows.shape[1])
-        for _, batch in rows.batches():
-            total += batch.sum(0).double().numpy()
-            squares += batch.double().square().sum(0).numpy()
-        mean = total / len(rows)
-        variance = np.maximum(squares / len(rows) - mean**2, 0.0).mean()
-        components = None
-    else:
+    mean, components, std = linear_space(rows, n_pcs)
+    return mean, components, float(np.sqrt(np.mean(std**2))) or 1.0
+
+
+def linear_space(rows, n_pcs):
+    """Mean of the features, principal components and their standard deviation; None: features."""
+    if n_pcs is not None:
         pcs = principal_components(rows, n_pcs)
-        mean, components = pcs.mean, pcs.components
-        variance = np.mean(pcs.explained_std**2)
-    return mean, components, float(np.sqrt(variance)) or 1.0
+        return pcs.mean, pcs.components, pcs.explained_std
+    mean = sum(block.astype(np.float64).sum(axis=0) for _, block in rows.blocks()) / len(rows)
+    squares = sum(((b.double().numpy() - mean) ** 2).sum(axis=0) for _, b in rows.batches(None))
+    return mean, None, np.sqrt(squares / (len(rows) - 1))
 
 
 def project_rows(rows, mean, components, scale):
-    """Rows on the principal components (or centred features), divided by one scale."""
+    """Rows on the principal components (or centred features), divided by a scale, or one each."""
+    scale = torch.as_tensor(scale, dtype=torch.float32)
     if components is None:
         shift = torch.from_numpy(mean.astype(np.float32))
         return MappedRows(rows, lambda batch: (batch - shift) / scale, rows.shape[1])
-    known = [pcs for pcs in rows._memo.values() if isinstance(pcs, PrincipalComponents)]
-    same = [pcs for pcs in known if np.array_equal(pcs.components, components)]
-    pcs = same[0] if same else PrincipalComponents(mean, components, np.ones(len(components)))
-    scores = pcs.transform(rows)
+    scores = PrincipalComponents(mean, components, np.ones(len(components))).transform(rows)
     if scores.resident:
         return DenseRows(scores.tensor / scale)
     return MappedRows(scores, lambda batch: batch / scale, len(components))
@@ -481,7 +503,10 @@ def project_rows(rows, mean, components, scale):
 def _positive_views(positives, rows, space):
     views = []
     for number, view in enumerate(() if positives is None else positives):
-        view = view if isinstance(view, Rows) else DenseRows(np.asarray(view, dtype=np.float32))
+        try:
+            view = check_X(BaseEstimator(), view, reset=True)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"positives[{number}]: {error}") from error
         if view.shape != rows.shape:
             raise ValueError(
                 f"positives[{number}] has shape {view.shape}, but X has {rows.shape}: each set of "

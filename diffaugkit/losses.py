@@ -40,14 +40,28 @@ def squared_distances(a, b):
     >>> squared_distances(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])).item()
     25.0
     """
-    a, b = a.float() if a.dtype != torch.float64 else a, b.float() if b.dtype != torch.float64 else b
-    # One matrix product instead of an (n, m, d) difference; rounding may go below zero, hence the clamp.
+    a, b = _full_precision(a), _full_precision(b)
+    if a.is_cuda:
+        # TF32, which training allows there, keeps 3 digits: too few for a difference of squares.
+        return _squared_distances(a.double(), b.double()).to(a.dtype)
+    return _squared_distances(a, b)
+
+
+def _full_precision(tensor):
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _squared_distances(a, b):
+    # One matrix product, not an (n, m, d) difference; rounding may go below 0, hence the clamp.
     norms = a.square().sum(1)[:, None] + b.square().sum(1)[None, :]
     return torch.addmm(norms, a, b.T, alpha=-2.0).clamp_min(0.0)
 
 
 def log_t_constant(nu):
-    """Logarithm of the normalising constant of the Student t density with `nu` degrees of freedom."""
+    """Logarithm of the constant of the Student t density with `nu` degrees of freedom."""
+    if nu > 1e6:
+        # Near the normal density the logarithms are huge and cancel: first terms of the series.
+        return -0.5 * math.log(2 * math.pi) - 1 / (4 * nu)
     return math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2) - 0.5 * math.log(nu * math.pi)
 
 
@@ -81,20 +95,25 @@ def t_similarity(squared_distance, nu, kernel="squared_t"):
     >>> round(t_similarity(torch.tensor(0.0), nu=100.0).item(), 4)
     0.995
     """
+    return torch.exp(_log_t_similarity(squared_distance, nu, kernel))
+
+
+def _log_t_similarity(squared_distance, nu, kernel):
     log_kernel = -(nu + 1) / 2 * torch.log1p(squared_distance / nu)
     if kernel == "unit_t":
-        return torch.exp(log_kernel)
+        return log_kernel
     if kernel == "t":
-        return torch.exp(log_kernel + log_t_constant(nu))
+        return log_kernel + log_t_constant(nu)
     if kernel == "squared_t":
-        return torch.exp(2 * (log_kernel + log_t_constant(nu)) + math.log(2 * math.pi))
+        return 2 * (log_kernel + log_t_constant(nu)) + math.log(2 * math.pi)
     raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}.")
 
 
 def p2_weight(snr, k=1.0, gamma=1.0):
     r"""Perception-prioritised weight of a timestep, :math:`1 / (k + \mathrm{SNR})^\gamma`.
 
-    With ``k = gamma = 1`` this is :math:`1 - \bar\alpha_t` (GenSelfDiff-HIS, Eq. 5; Choi et al. 2022).
+    With ``k = gamma = 1`` this is :math:`1 - \bar\alpha_t` (GenSelfDiff-HIS, Eq. 5; Choi et al.
+    2022).
 
     Parameters
     ----------
@@ -144,7 +163,7 @@ def min_snr_weight(snr, gamma=5.0, prediction_type="epsilon"):
     """
     clipped = snr.clamp(max=gamma)
     if prediction_type == "epsilon":
-        return clipped / snr
+        return (gamma / snr).clamp(max=1.0)  # and 1 where the ratio is 0
     if prediction_type == "v_prediction":
         return clipped / (snr + 1)
     if prediction_type == "sample":
@@ -203,8 +222,9 @@ def soft_contrastive(
         Each pair on its own (Eq. 2), or each pair against all others of its row (Eq. 1). The
         paper's Lemma 1 shows that they agree in the limit of many negatives.
     repulsion : float, default=1.0
-        Of the pairwise form: weight r of the second term. 1 is the paper's; below 1 the many pairs of different samples
-        weigh less against the one pair of views, as negative sampling does in UMAP.
+        Of the pairwise form: weight r of the second term. 1 is the paper's; below 1 the many pairs
+        of different samples weigh less against the one pair of views, as negative sampling does in
+        UMAP.
     detach_target : bool, default=False
         Whether gradients stop at P. In the paper they do not.
 
@@ -226,25 +246,25 @@ def soft_contrastive(
     0
     """
     if target == "own_view":
-        P = t_similarity(squared_distances(y_a, y_a), nu, kernel)
+        log_P = _log_t_similarity(squared_distances(y_a, y_a), nu, kernel)
     elif target == "pair":
-        P = t_similarity(squared_distances(y_a, y_b), nu, kernel)
-        P = P * (1 + torch.eye(len(P), device=P.device, dtype=P.dtype) * (math.exp(beta) - 1))
+        log_P = _log_t_similarity(squared_distances(y_a, y_b), nu, kernel)
+        log_P = log_P + beta * torch.eye(len(log_P), device=log_P.device, dtype=log_P.dtype)
     else:
         raise ValueError(f"target must be 'own_view' or 'pair', got {target!r}.")
-    P = P.clamp(max=1.0)
+    log_P = log_P.clamp(max=0.0)
     if detach_target:
-        P = P.detach()
+        log_P = log_P.detach()
     distances = squared_distances(z_a, z_b)
     if contrast == "softmax":
         exponent = -(nu_low + 1) if kernel == "squared_t" else -(nu_low + 1) / 2
         logits = exponent * torch.log1p(distances / nu_low)
-        P = P / P.sum(1, keepdim=True)
-        both = F.log_softmax(logits, dim=1) + F.log_softmax(logits, dim=0).T
-        return -0.5 * (P * both).sum(1).mean()
+        # Normalised as logarithms: where all of a row is far away, P itself would be 0 / 0.
+        sides = [log_P.softmax(dim) * logits.log_softmax(dim) for dim in (0, 1)]
+        return -0.5 * (sides[0] + sides[1]).sum() / len(logits)
     if contrast != "pairwise":
         raise ValueError(f"contrast must be 'pairwise' or 'softmax', got {contrast!r}.")
-    Q = t_similarity(distances, nu_low, kernel)
+    P, Q = log_P.exp(), t_similarity(distances, nu_low, kernel)
     attraction = P * torch.log(Q + _LOG_FLOOR)
     return -(attraction + repulsion * (1 - P) * torch.log(1 - Q + _LOG_FLOOR)).mean()
 
@@ -266,7 +286,8 @@ def nt_xent(a, b, temperature=0.5):
 
     References
     ----------
-    Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, Eq. 1.
+    Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020,
+    Eq. 1.
 
     Examples
     --------
@@ -275,7 +296,7 @@ def nt_xent(a, b, temperature=0.5):
     >>> round(nt_xent(one, one).item(), 4)
     1.9459
     """
-    views = F.normalize(torch.cat([a, b]).float() if a.dtype != torch.float64 else torch.cat([a, b]))
+    views = F.normalize(_full_precision(torch.cat([a, b])))
     n = len(a)
     logits = views @ views.T / temperature
     logits = logits.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=a.device), -math.inf)

@@ -283,7 +283,9 @@ class EmbeddingMLP(nn.Module):
     (in -> 500 -> 500 -> 50, then a head 50 -> 500 -> 500 -> 2). Beside
     the blocks a linear skip, the identity at the start, carries the input to y: what a linear
     embedding of the input already tells apart is there from the first step, and the blocks learn
-    what to add. ``skip=False`` is the released network.
+    what to add. A second skip starts z at the first `n_low` features: where these are principal
+    components, the map starts from the large-scale arrangement that PCA shows, and keeps more of
+    it, as t-SNE does from such a start. ``skip=False`` is the released network.
 
     Parameters
     ----------
@@ -296,7 +298,7 @@ class EmbeddingMLP(nn.Module):
     hidden_sizes : tuple of int, default=(500, 500)
         Widths of the hidden layers, of the encoder and of the head alike.
     skip : bool, default=True
-        Whether y gets the linear skip.
+        Whether y and z get their linear skips.
 
     Examples
     --------
@@ -312,8 +314,13 @@ class EmbeddingMLP(nn.Module):
         last = hidden_sizes[-1] if hidden_sizes else n_components
         self.head = nn.Sequential(*_blocks(n_components, *hidden_sizes), nn.Linear(last, n_low))
         self.skip = nn.Linear(n_features, n_components, bias=False) if skip else None
+        self.low_skip = nn.Linear(n_features, n_low, bias=False) if skip else None
         if skip:
             nn.init.eye_(self.skip.weight)
+            nn.init.eye_(self.low_skip.weight)
+            with torch.no_grad():
+                self.head[-1].weight.mul_(0.1)
+                self.head[-1].bias.zero_()
 
     def embed(self, x):
         """High-dimensional embedding y (B, n_components) of x (B, n_features)."""
@@ -323,7 +330,8 @@ class EmbeddingMLP(nn.Module):
     def forward(self, x):
         """Both embeddings: y (B, n_components) and z (B, n_low)."""
         y = self.embed(x)
-        return y, self.head(y)
+        z = self.head(y)
+        return y, z if self.low_skip is None else z + self.low_skip(x)
 
 
 def _blocks(*sizes):

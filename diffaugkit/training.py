@@ -14,7 +14,6 @@ Devices and processes are accelerate's: a script started by ``accelerate launch`
 trains on all of them. A process on its own needs none of it and goes without.
 """
 
-import atexit
 import contextlib
 import functools
 import hashlib
@@ -861,7 +860,7 @@ def fit_loop(
             good.restore()
             raise MemoryError(message) from None
 
-    return _handed_back(module, average, device), state.history
+    return _handed_back(module, average, device, processes), state.history
 
 
 def _check_settings(settings):
@@ -927,12 +926,15 @@ def _has_stalled(history, patience, min_delta):
     return len(history) - 1 - at >= patience
 
 
-def _handed_back(module, average, device):
+def _handed_back(module, average, device, processes):
     result = module if average is None else average.module
-    if _place()[1] > 1:
+    if processes.num_processes > 1:
         # Statistics follow the rows that a process saw: all take home those of the first.
         for buffer in result.buffers():
             torch.distributed.broadcast(buffer, 0)
+        # gloo's thread lets go of a buffer only after its broadcast has returned, and aborts a program
+        # that ends in between: a barrier holds no tensor and gives it the time.
+        processes.wait_for_everyone()
     result.eval()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -1168,16 +1170,7 @@ def _processes(device):
 
     # A part that a batch leaves unused (a null condition, say) must not stall the others.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    processes = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unused])
-    if not launched and torch.distributed.is_initialized():
-        # Whoever opens the group closes it: its threads can abort a process that ends without.
-        atexit.register(_close_group)
-    return processes
-
-
-def _close_group():
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unused])
 
 
 def _place():

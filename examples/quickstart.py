@@ -43,7 +43,9 @@ counts = np.expm1(pbmc.raw.X.toarray()) * pbmc.obs["n_counts"].to_numpy()[:, Non
 assert np.abs(counts - np.rint(counts)).max() < 0.1
 adata = anndata.AnnData(csr_matrix(np.rint(counts)), obs=pbmc.obs[["bulk_labels"]])
 adata.var_names = pbmc.raw.var_names
+# The commonest types first: they get the colours that are told apart most easily.
 cell_types = adata.obs["bulk_labels"]
+cell_types = cell_types.cat.reorder_categories(cell_types.value_counts().index)
 print(f"{adata.n_obs} cells, {adata.n_vars} genes, {cell_types.nunique()} cell types (not shown)\n")
 
 # %%
@@ -108,7 +110,7 @@ EmbeddingDisplay.from_estimator(
 TrainingCurveDisplay.from_estimator(model, ax=loss_axes)
 real_axes.set_title("700 real cells")
 synthetic_axes.set_title("700 synthetic cells on top")
-loss_axes.set_title("training")
+loss_axes.set_title("training", pad=18)  # above the names of the phases
 args.folder.mkdir(parents=True, exist_ok=True)
 figure.savefig(args.folder / "quickstart.png", dpi=110)
 print(f"figure: {args.folder / 'quickstart.png'}")

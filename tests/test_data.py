@@ -384,6 +384,15 @@ def test_counts_are_recognised():
     check_X(PCA(), counts, reset=True, allow_counts=False)
 
 
+@pytest.fixture
+def scikit_learn_draws():
+    """Its checks draw from NumPy's global stream, which no call of ours may move."""
+    state = np.random.get_state()  # noqa: NPY002
+    yield
+    np.random.set_state(state)  # noqa: NPY002
+
+
+@pytest.mark.usefixtures("scikit_learn_draws")
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 def test_check_estimator():
     results = check_estimator(Identity(), on_skip=None)
@@ -516,31 +525,95 @@ def test_principal_components_of_thin_data():
         principal_components(DenseRows(X[:1]), 2)
 
 
-def test_principal_components_are_shared_and_reproducible(monkeypatch):
+def test_principal_components_are_computed_once(monkeypatch):
+    X = _spectrum(300, 80, rank=60)
+    rows = DenseRows(X)
+    calls = []
+    compute = data._covariance_components
+    monkeypatch.setattr(
+        data, "_covariance_components", lambda *args: calls.append(args) or compute(*args)
+    )
+    few, many = principal_components(rows, 20), principal_components(rows, 50)
+    assert isinstance(few, PrincipalComponents)
+    np.testing.assert_array_equal(few.components, many.components[:20])
+    np.testing.assert_array_equal(few.explained_std, many.explained_std[:20])
+    assert len(calls) == 1
+    assert principal_components(rows, 50) is many
+    # Scores too, also by components that were saved, or come with other standard deviations.
+    scores = many.transform(rows)
+    assert many.transform(rows) is scores
+    for pcs in (few, PrincipalComponents(few.mean.copy(), few.components.copy(), np.ones(20))):
+        assert pcs.transform(rows).resident
+        assert np.shares_memory(np.asarray(pcs.transform(rows)), np.asarray(scores))
+        other = pcs.transform(DenseRows(X))
+        np.testing.assert_allclose(other.tensor, scores.tensor[:, :20], atol=1e-5)
+    shifted = PrincipalComponents(few.mean + 1, few.components, few.explained_std)
+    assert not np.allclose(shifted.transform(rows).tensor, scores.tensor[:, :20])
+    assert len(principal_components(rows, 60).components) == 60
+    assert len(calls) == 2
+    assert few.transform(rows).shape == (300, 20)
+    assert not pickle.loads(pickle.dumps(rows))._memo
+    # Data of a low rank do not count as "fewer than asked".
+    flat = DenseRows(np.repeat(X[:5], 60, axis=0))
+    assert len(principal_components(flat, 50).components) == 4
+    assert len(principal_components(flat, 50).components) == 4
+    assert len(calls) == 3
+
+
+def test_principal_components_are_reproducible(monkeypatch):
     X = _spectrum(300, 20, rank=6)
     rows = DenseRows(X)
-    pcs = principal_components(rows, 5)
-    assert isinstance(pcs, PrincipalComponents)
-    assert principal_components(rows, 5) is pcs
-    assert principal_components(rows, 4) is not pcs
-    assert pcs.transform(rows) is pcs.transform(rows)
-    other = DenseRows(X)
-    assert pcs.transform(other) is not pcs.transform(other)
-    assert not pickle.loads(pickle.dumps(rows))._memo
     monkeypatch.setattr(data, "_EXACT_PCA_LIMIT", 10)
     first, second = (principal_components(DenseRows(X), 5, random_state=3) for _ in range(2))
     np.testing.assert_array_equal(first.components, second.components)
-    generator = np.random.RandomState(0)
-    assert principal_components(rows, 5, random_state=generator) is not pcs
+    assert principal_components(rows, 20, random_state=3) is principal_components(
+        rows, 20, random_state=3
+    )
+    generator = np.random.RandomState(0)  # noqa: NPY002
+    assert principal_components(rows, 20, random_state=generator) is not principal_components(
+        rows, 20, random_state=generator
+    )
+
+
+@pytest.mark.parametrize("kind", ["dense", "dense, in blocks", "sparse", "lazy"])
+def test_krylov_components_of_a_slow_spectrum(kind, monkeypatch):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(400, 20)) * np.geomspace(5, 1.5, 20) @ rng.normal(size=(20, 300)) / 10
+    X = (X + rng.normal(size=(400, 300)) * 0.7 + 3).astype(np.float32)
+    monkeypatch.setattr(data, "_EXACT_PCA_LIMIT", 10)
+    monkeypatch.setattr(data, "_ONE_PASS_PCA_LIMIT", 10)
+    if kind == "dense, in blocks":
+        monkeypatch.setattr(data, "_CENTRED_VALUES", 0)
+    rows = SparseRows(sp.csr_array(X)) if kind == "sparse" else DenseRows(X)
+    if kind == "lazy":
+        rows = MappedRows(rows, lambda batch: batch, 300)
+    pcs = principal_components(rows, 20)
+    peer = PCA(20, svd_solver="full").fit(X.astype(np.float64))
+    expected = peer.transform(X.astype(np.float64))
+    scores = np.asarray(pcs.transform(rows))
+    sign = np.sign((scores * expected).sum(axis=0))
+    np.testing.assert_allclose(scores * sign, expected, atol=1e-4)
+    np.testing.assert_allclose(pcs.components @ pcs.components.T, np.eye(20), atol=1e-12)
+    # Rows that have no spread, or less than is asked, end the iteration early.
+    constant = principal_components(DenseRows(np.full((40, 30), 3.0)), 2)
+    assert constant.explained_std.tolist() == [0.0]
+    low = principal_components(DenseRows(np.repeat(X[:6], 10, axis=0)), 20)
+    assert len(low.components) == 5
 
 
 def test_scores_file_is_removed(tmp_path):
     rows = check_X(PCA(), _backed(_spectrum(50, D, rank=5), tmp_path), reset=True)
-    scores = principal_components(rows, 3).transform(rows)
+    scores = principal_components(rows, D).transform(rows)
     path = data.Path(scores._path)
-    assert path.stat().st_size == 50 * 3 * 4
+    assert path.stat().st_size == 50 * D * 4
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(scores)
+    leading = principal_components(rows, 3).transform(rows)  # the same file
+    assert not leading.in_memory
+    np.testing.assert_array_equal(np.asarray(leading), np.asarray(scores)[:, :3])
     del rows, scores
+    gc.collect()
+    assert path.exists()
+    del leading
     gc.collect()
     assert not path.exists()

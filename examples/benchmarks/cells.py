@@ -30,8 +30,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from sklearn.pipeline import make_pipeline
-
 from _common import (
     MATRICES,
     METRICS,
@@ -42,6 +40,7 @@ from _common import (
     markdown,
     standard_matrix,
 )
+from sklearn.pipeline import make_pipeline
 
 
 def pca(n_components):
@@ -146,20 +145,24 @@ OURS = ("E-only", "DiffAugEM")
 def fit_ours(method, cells, seed, quick):
     """Fit our pipeline on raw counts; return its two embeddings by kind.
 
-    E-only keeps the schedule of the encoder, and so its learning rates; it cuts each generator
-    phase to one epoch and never shows the encoder a generated view.
+    E-only has the encoder's epochs and learning rates, and no M-step between.
     """
     from diffaugkit import CellPreprocessor, DiffAugEM
 
-    model = DiffAugEM(random_state=seed)
-    schedule = [3 if quick else epochs for epochs in model.schedule]
+    model = DiffAugEM(random_state=seed, schedule=(3, 3, 3) if quick else "auto")
     if method == "E-only":
-        schedule[1::2] = [1] * len(schedule[1::2])
-        model.set_params(augmentation_prob=0.0)
-    model.set_params(schedule=tuple(schedule))
+        model.set_params(schedule=without_m_step(model, len(cells.y)))
     pipeline = make_pipeline(CellPreprocessor(), model).fit(cells.counts)
     prepared = pipeline[0].transform(cells.counts)
     return {"2-D": model.project(prepared), "high-D": model.transform(prepared)}
+
+
+def without_m_step(model, n_cells):
+    """Return the model's own schedule with every M-step left out."""
+    from diffaugkit import SelfSupervisedEncoder
+
+    schedule = model._schedule(SelfSupervisedEncoder(), n_cells)
+    return tuple(0 if number % 2 else epochs for number, epochs in enumerate(schedule))
 
 
 def available(method):

@@ -1,0 +1,37 @@
+"""Sphinx: `python -m sphinx -W docs docs/_build` after `pip install -e ".[docs]"`."""
+
+import diffaugkit
+
+project = "diffaugkit"
+author = "diffaugkit developers"
+project_copyright = "2026, diffaugkit developers"
+version = release = diffaugkit.__version__
+
+extensions = [
+    "myst_parser",
+    "numpydoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 2
+
+autosummary_generate = True
+numpydoc_class_members_toctree = False
+numpydoc_show_class_members = False
+autodoc_default_options = {"members": True, "inherited-members": False}
+
+# Examples take minutes: they are shown, not run. The quickstart's figure is a file of the repository.
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "auto_examples",
+    "ignore_pattern": "benchmarks",
+    "plot_gallery": "False",
+    "download_all_examples": False,
+    "show_signature": False,
+}
+
+html_theme = "pydata_sphinx_theme"

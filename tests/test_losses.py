@@ -1,0 +1,287 @@
+"""Losses against an independent float64 NumPy version, closed forms, and no NaN at extremes."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from diffaugkit.losses import (
+    KERNELS,
+    min_snr_weight,
+    nt_xent,
+    p2_weight,
+    soft_contrastive,
+    squared_distances,
+    t_similarity,
+)
+
+FORMS = [
+    pytest.param(*form, id="-".join(map(str, form)))
+    for form in itertools.product(
+        KERNELS, ("own_view", "pair"), ("pairwise", "softmax"), (1.0, 0.25)
+    )
+    if form[2] == "pairwise" or form[3] == 1.0
+]
+
+
+# ---- the slow and obvious version: one pair at a time, densities from SciPy --------------------
+
+
+def numpy_kernel(distance, nu, kernel):
+    density = stats.t.pdf(distance, df=nu)
+    if kernel == "unit_t":
+        return density / stats.t.pdf(0.0, df=nu)
+    return density if kernel == "t" else 2 * np.pi * density**2
+
+
+def numpy_soft_contrastive(
+    y_a, z_a, y_b, z_b, *, nu, nu_low, kernel, beta, target, contrast, repulsion
+):
+    n = len(y_a)
+    P, Q = np.empty((n, n)), np.empty((n, n))
+    for i in range(n):
+        for j in range(n):
+            other = y_a if target == "own_view" else y_b
+            P[i, j] = numpy_kernel(np.sqrt(np.sum((y_a[i] - other[j]) ** 2)), nu, kernel)
+            if target == "pair" and i == j:
+                P[i, j] *= np.exp(beta)
+            P[i, j] = min(P[i, j], 1.0)
+            Q[i, j] = numpy_kernel(np.sqrt(np.sum((z_a[i] - z_b[j]) ** 2)), nu_low, kernel)
+    if contrast == "pairwise":
+        attraction, repelling = P * np.log(Q + 1e-5), (1 - P) * np.log(1 - Q + 1e-5)
+        return -np.mean(attraction + repulsion * repelling)
+    from_a = sum(
+        P[i, j] / P[i].sum() * np.log(Q[i, j] / Q[i].sum()) for i in range(n) for j in range(n)
+    )
+    from_b = sum(
+        P[i, j] / P[:, j].sum() * np.log(Q[i, j] / Q[:, j].sum())
+        for i in range(n)
+        for j in range(n)
+    )
+    return -(from_a + from_b) / (2 * n)
+
+
+def views(n=6, seed=0):
+    rng = np.random.default_rng(seed)
+    y, z = rng.normal(size=(n, 5)), rng.normal(size=(n, 2))
+    noise = 0.3 * rng.normal(size=(n, 7))
+    return y, z, y + noise[:, :5], z + noise[:, 5:]
+
+
+def options(kernel, target, contrast, repulsion):
+    names = {"kernel": kernel, "target": target, "contrast": contrast, "repulsion": repulsion}
+    return {**names, "nu": 7.0, "nu_low": 0.7, "beta": 0.6}
+
+
+@pytest.mark.parametrize(("kernel", "target", "contrast", "repulsion"), FORMS)
+def test_value_equals_numpy(kernel, target, contrast, repulsion):
+    arrays, settings = views(), options(kernel, target, contrast, repulsion)
+    expected = numpy_soft_contrastive(*arrays, **settings)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-6)):
+        loss = soft_contrastive(*(torch.tensor(a, dtype=dtype) for a in arrays), **settings)
+        assert loss.item() == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize(("kernel", "target", "contrast", "repulsion"), FORMS)
+def test_gradient_equals_finite_differences_of_numpy(kernel, target, contrast, repulsion):
+    arrays, settings = views(4), options(kernel, target, contrast, repulsion)
+    tensors = [torch.tensor(a, requires_grad=True) for a in arrays]
+    soft_contrastive(*tensors, **settings).backward()
+    step = 1e-5
+    for number, tensor in enumerate(tensors):
+        # With the targets within one view, the other view's y has no part in the loss.
+        gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        for position in np.ndindex(*arrays[number].shape):
+            values = []
+            for sign in (1, -1):
+                moved = [a.copy() for a in arrays]
+                moved[number][position] += sign * step
+                values.append(numpy_soft_contrastive(*moved, **settings))
+            expected = (values[0] - values[1]) / (2 * step)
+            assert gradient[position].item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("contrast", ["pairwise", "softmax"])
+def test_gradcheck(contrast):
+    tensors = [torch.tensor(a, requires_grad=True) for a in views(4)]
+    settings = options("t", "pair", contrast, 1.0)
+    assert torch.autograd.gradcheck(lambda *v: soft_contrastive(*v, **settings), tensors)
+
+
+def test_detached_targets_give_y_no_gradient():
+    tensors = [torch.tensor(a, requires_grad=True) for a in views()]
+    for target in ("own_view", "pair"):
+        soft_contrastive(*tensors, target=target, detach_target=True).backward()
+        assert tensors[0].grad is None
+        assert tensors[1].grad.abs().sum() > 0
+        with torch.no_grad():
+            attached = soft_contrastive(*tensors, target=target)
+            assert attached == soft_contrastive(*tensors, target=target, detach_target=True)
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nu", "value"), [(100, 0.9945), (10, 0.951), (1, 0.636), (0.1, 0.138), (0.01, 0.0155)]
+)
+def test_squared_t_at_distance_0(nu, value):
+    # The released code's own values; it writes 3.14 for pi, which shows at nu = 100 only.
+    at_zero = t_similarity(torch.tensor(0.0, dtype=torch.float64), nu, "squared_t").item()
+    digits = len(str(value)) - 2
+    assert round(at_zero * 3.14 / math.pi, digits) == value
+    assert at_zero == pytest.approx(2 * math.pi * stats.t.pdf(0, nu) ** 2, rel=1e-10)
+
+
+def test_t_density_at_distance_0():
+    zero = torch.tensor(0.0)
+    assert t_similarity(zero, 100.0, "t").item() == pytest.approx(0.398, abs=5e-4)
+    assert t_similarity(zero, 1.0, "t").item() == pytest.approx(1 / math.pi, rel=1e-6)
+    assert t_similarity(zero, 3.0, "unit_t").item() == 1.0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("nu", [0.01, 0.1, 1.0, 10.0, 100.0, 1e5, 1e7, 1e15])
+def test_kernels_equal_scipy(kernel, nu):
+    distance = np.linspace(0, 6, 25)
+    ours = t_similarity(torch.tensor(distance**2), nu, kernel).numpy()
+    np.testing.assert_allclose(ours, numpy_kernel(distance, nu, kernel), rtol=1e-6)
+    assert (ours > 0).all()
+    assert (ours <= 1 + 1e-12).all()
+    assert (np.diff(ours) < 0).all()
+
+
+def test_unknown_names_are_refused():
+    tensors = [torch.tensor(a) for a in views()]
+    for name in ("kernel", "target", "contrast"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            soft_contrastive(*tensors, **{name: "nonsense"})
+    with pytest.raises(ValueError, match="prediction_type"):
+        min_snr_weight(torch.ones(1), prediction_type="nonsense")
+
+
+# ---- targets -------------------------------------------------------------------------------------
+
+
+def test_targets_are_clamped_to_one():
+    # All of P at its bound: only the attraction is left, whatever beta adds on top.
+    y, z = torch.zeros(5, 3), torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    for beta in (0.0, 1.0):
+        loss = soft_contrastive(y, z, y, z, kernel="unit_t", target="pair", beta=beta, nu_low=1.0)
+        Q = t_similarity(squared_distances(z, z), 1.0, "unit_t")
+        assert loss.item() == pytest.approx(-torch.log(Q + 1e-5).mean().item(), rel=1e-6)
+
+
+def test_beta_counts_for_pairs_only():
+    tensors = [torch.tensor(a) for a in views()]
+
+    def loss(**more):
+        return soft_contrastive(*tensors, kernel="t", **more).item()
+
+    assert loss(target="own_view", beta=0.0) == loss(target="own_view", beta=1.0)
+    assert loss(target="pair", beta=0.0) != loss(target="pair", beta=1.0)
+
+
+def test_softmax_form_is_symmetric_in_the_views():
+    y_a, z_a, y_b, z_b = (torch.tensor(a) for a in views())
+    settings = {"contrast": "softmax", "target": "pair"}
+    there = soft_contrastive(y_a, z_a, y_b, z_b, **settings)
+    back = soft_contrastive(y_b, z_b, y_a, z_a, **settings)
+    assert there.item() == pytest.approx(back.item(), rel=1e-12)
+
+
+def test_squared_distances():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(7, 4)), rng.normal(size=(5, 4))
+    expected = ((a[:, None] - b[None]) ** 2).sum(-1)
+    ours = squared_distances(torch.tensor(a), torch.tensor(b))
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12)
+    half = squared_distances(torch.tensor(a).bfloat16(), torch.tensor(b).bfloat16())
+    assert half.dtype == torch.float32
+    same = torch.tensor(100 + rng.normal(size=(50, 20)), dtype=torch.float32)
+    assert squared_distances(same, same).min() >= 0
+
+
+# ---- extremes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kernel", "target", "contrast", "repulsion"), FORMS)
+@pytest.mark.parametrize("n", [1, 2, 8])
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1.0, 1e4, 1e9])
+def test_finite_at_extremes(kernel, target, contrast, repulsion, n, scale):
+    generator = torch.Generator().manual_seed(0)
+    for nu_low in (0.01, 5.0):
+        tensors = [
+            (scale * torch.randn(n, d, generator=generator)).requires_grad_()
+            for d in (5, 2, 5, 2)
+        ]
+        names = {"kernel": kernel, "target": target, "contrast": contrast}
+        loss = soft_contrastive(*tensors, **names, repulsion=repulsion, nu_low=nu_low)
+        assert torch.isfinite(loss)
+        loss.backward()
+        for tensor in tensors:
+            assert tensor.grad is None or torch.isfinite(tensor.grad).all()
+
+
+# ---- nt_xent -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_nt_xent_of_equal_views_is_the_logarithm_of_their_number(n, temperature):
+    one = torch.ones(n, 3)
+    expected = math.log(2 * n - 1)
+    assert nt_xent(one, one, temperature).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_nt_xent_equals_numpy():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(5, 3)), rng.normal(size=(5, 3))
+    every = np.concatenate([a, b])
+    every /= np.linalg.norm(every, axis=1, keepdims=True)
+    total = 0.0
+    for i in range(10):
+        partner = (i + 5) % 10
+        others = [math.exp(every[i] @ every[k] / 0.3) for k in range(10) if k != i]
+        total -= math.log(math.exp(every[i] @ every[partner] / 0.3) / sum(others))
+    ours = nt_xent(torch.tensor(a), torch.tensor(b), 0.3).item()
+    assert ours == pytest.approx(total / 10, rel=1e-10)
+    single = nt_xent(torch.tensor(a).float(), torch.tensor(b).float(), 0.3).item()
+    assert single == pytest.approx(ours, rel=1e-6)
+
+
+def test_nt_xent_gradients_and_extremes():
+    a, b = (torch.tensor(view, requires_grad=True) for view in views()[1::2])
+    assert torch.autograd.gradcheck(nt_xent, (a, b))
+    for scale in (0.0, 1e-30, 1e15):
+        x = (scale * torch.ones(2, 3)).requires_grad_()
+        loss = nt_xent(x, -x, 0.05)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert torch.isfinite(x.grad).all()
+
+
+# ---- weights of timesteps ------------------------------------------------------------------------
+
+
+def test_p2_is_one_minus_alpha_bar():
+    alpha_bar = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
+    weight = p2_weight(alpha_bar / (1 - alpha_bar))
+    torch.testing.assert_close(weight, 1 - alpha_bar)
+    torch.testing.assert_close(p2_weight(torch.tensor(3.0), k=1.0, gamma=0.5), torch.tensor(0.5))
+
+
+def test_min_snr_is_the_same_weight_on_the_sample_for_every_prediction():
+    alpha_bar = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
+    snr = alpha_bar / (1 - alpha_bar)
+    on_sample = min_snr_weight(snr, prediction_type="sample")
+    torch.testing.assert_close(on_sample, snr.clamp(max=5))
+    # An error e of x0 is one of sqrt(snr) e in the noise and of e / sqrt(1 - alpha_bar) in v.
+    noise = min_snr_weight(snr, prediction_type="epsilon")
+    torch.testing.assert_close(noise * snr, on_sample)
+    velocity = min_snr_weight(snr, prediction_type="v_prediction")
+    torch.testing.assert_close(velocity / (1 - alpha_bar), on_sample)
+    assert min_snr_weight(torch.tensor(0.0)).item() == 1.0
