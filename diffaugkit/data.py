@@ -929,11 +929,14 @@ def principal_components(rows, n_components, *, random_state=0):
         else:
             random_state = check_random_state(random_state)
             variances, components = _krylov_components(rows, mean, n_computed, random_state)
-    rank = max(1, int(np.sum(variances > variances[0] * max(n, d) * np.finfo(float).eps)))
+    # What is left of a constant after rounding is no variance.
+    eps = np.finfo(float).eps
+    variances = np.where(variances > n * (8 * eps * np.linalg.norm(mean)) ** 2, variances, 0.0)
+    rank = max(1, int(np.sum(variances > variances[0] * max(n, d) * eps)))
     variances, components = variances[:rank], components[:rank]
     largest = np.abs(components).argmax(axis=1)
     components = components * np.where(components[np.arange(rank), largest] < 0, -1.0, 1.0)[:, None]
-    pcs = PrincipalComponents(mean, components, np.sqrt(np.maximum(variances, 0.0) / (n - 1)))
+    pcs = PrincipalComponents(mean, components, np.sqrt(variances / (n - 1)))
     if memoise:
         rows._memo["components", seed, n_computed] = pcs
     return pcs._first(k)

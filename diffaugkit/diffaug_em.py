@@ -220,7 +220,7 @@ class DiffAugEM(TorchTransformer):
             self._set_phase(encoder, phase, number, len(schedule), epochs, warm=number > 0)
             self._set_phase(diffusion, phase, number, len(schedule), epochs)
             if phase == "E":
-                encoder.fit(rows, positives=positives)
+                encoder.fit(rows, None, positives=positives)
             else:
                 if phase == "EM":
                     self._joint_step(rows, positives, labels, encoder, diffusion, seed, number)
@@ -228,7 +228,7 @@ class DiffAugEM(TorchTransformer):
                 embeddings = self._condition(conditioner, rows, labels, seed)
                 fitted = diffusion
                 if phase == "M":
-                    diffusion.fit(rows, embeddings=embeddings)
+                    diffusion.fit(rows, None, embeddings=embeddings)
                 if number + 1 < len(schedule):
                     views = diffusion._views(embeddings, self.n_views, mix_seed(seed, number))
                     positives = list(views)
@@ -236,6 +236,8 @@ class DiffAugEM(TorchTransformer):
             if not isinstance(part, FrozenEstimator):
                 history.append(part.history_.assign(phase=phase, round=number // 2))
 
+        for part in (encoder, diffusion):
+            self._end_phases(part)
         self.encoder_, self.diffusion_ = encoder, fitted
         self._set_history(history)
         self._condition_seed = seed
@@ -258,7 +260,8 @@ class DiffAugEM(TorchTransformer):
         NotFittedError, ValueError
             Before ``fit``; for input that does not match it.
         """
-        return self.encoder_.transform(self._check_rows(X))
+        rows = self._check_rows(X)
+        return self.encoder_.transform(rows)
 
     def project(self, X):
         """Embed samples in z, the low-dimensional map.
@@ -271,7 +274,8 @@ class DiffAugEM(TorchTransformer):
         -------
         ndarray of shape (n_samples, n_projections), float32
         """
-        return self.encoder_.project(self._check_rows(X))
+        rows = self._check_rows(X)
+        return self.encoder_.project(rows)
 
     def augment(self, X, n_per_sample=1, *, strength=1.0, random_state=None):
         """Generate new samples that share the embedding of given ones (Eq. 8 of the paper).
@@ -374,6 +378,16 @@ class DiffAugEM(TorchTransformer):
         if warm is not None:
             part.set_params(warm_start=warm)
         part._description = f"{phase}-step {number + 1}/{n_phases}"
+
+    @staticmethod
+    def _end_phases(part):
+        """Take back what only the phases needed: the part is an estimator of its own again."""
+        if isinstance(part, FrozenEstimator):
+            return
+        part.set_params(checkpoint_dir=None)
+        if isinstance(part, SelfSupervisedEncoder):
+            part.set_params(warm_start=False)
+        vars(part).pop("_description", None)
 
     @staticmethod
     def _conditioner(encoder, diffusion):

@@ -72,7 +72,8 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
     beta_schedule : {"cosine", "linear", "scaled_linear"}, default="cosine"
         Noise schedule. The paper's is linear.
     prediction_type : {"v_prediction", "epsilon", "sample"}, default="v_prediction"
-        What the network predicts. The paper's epsilon gives vectors of too large a spread.
+        What the network predicts. The paper's epsilon gives vectors of too large a spread: take it
+        with a linear schedule, as the cosine one multiplies its first error by thousands.
     loss_weighting : {"uniform", "p2", "min_snr"}, default="uniform"
         Weight of the noise levels.
     condition_dropout : float, default=0.1
@@ -221,8 +222,8 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         ----------
         X : array-like, sparse matrix, DataFrame, AnnData or Rows of shape (n_samples, n_features)
             Normalised values; raw counts are refused (put ``CellPreprocessor()`` in front).
-        y : None
-            Ignored.
+        y : array-like of shape (n_samples,) or None
+            Handed to the encoder; ours ignores it.
         embeddings : array-like of shape (n_samples, n_embedding_features) or None
             Conditions, row by row; the encoder is then neither fitted nor used.
 
@@ -247,7 +248,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         seed = self._seed()
         encoder = None
         if embeddings is None and self.encoder is not None:
-            encoder = self._make_encoder(seed).fit(rows)
+            encoder = self._make_encoder(seed).fit(rows, y)
             embeddings = encoder.transform(rows)
         state = self._prepare(rows, embeddings, seed=seed)
         module, history = self._fit_loop(
@@ -524,8 +525,8 @@ class _Fit:
     def __init__(self, estimator, rows, embeddings, seed):
         self.estimator, self.seed = estimator, seed
         mean, components, std = linear_space(rows, estimator.n_pcs)
-        # A constant column has no spread to undo.
-        std = np.where(std > 0, std, 1.0).astype(np.float32)
+        # What has no spread must come back as it is: division by 0 avoided, the rest stays small.
+        std = np.maximum(std, 1e-6 * max(1.0, np.abs(mean).max())).astype(np.float32)
         self.space = {"mean": mean, "components": components, "std": std}
         self.condition = self.pool = None
         n_condition = 0
@@ -603,7 +604,7 @@ def interpolate_rows(a, b, alpha, kind="slerp"):
     if a.shape != b.shape:
         raise ValueError(f"The two ends differ in shape: {a.shape} and {b.shape}.")
     alpha = np.broadcast_to(np.asarray(alpha, dtype=a.dtype), (len(a),))[:, None]
-    if alpha.min() < 0 or alpha.max() > 1:
+    if not (alpha.min() >= 0 and alpha.max() <= 1):
         raise ValueError("alpha must be in [0, 1].")
     if kind == "lerp":
         return alpha * a + (1 - alpha) * b

@@ -197,8 +197,8 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     - ``"both"``, the default: the first beside the second, each with its own genes. Residuals are
       clipped as the log values are, centred, and multiplied by one number so that both blocks have
       the same total variance. Which matrix separates cell types better differs from data set to
-      data set and cannot be known without labels; on five labelled sets the union was as good as
-      the better one of each.
+      data set and cannot be known without labels; on five labelled sets the union came close
+      to the better one of each.
 
     All statistics are learned by ``fit``, from the training cells alone, in passes over blocks of
     cells: the input is never copied or made dense as a whole. A transformed cell depends on no
@@ -419,19 +419,17 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
         residual_mean = factor = None
         if both:
-            logs = partial(
-                _log_block,
-                target_sum=target_sum,
-                genes=genes,
-                mean=mean,
-                scale=scale,
-                max_value=self.max_value,
+            log = {"target_sum": target_sum, "genes": genes, "mean": mean, "scale": scale}
+            moments = _moments(
+                rows,
+                # In double precision: the sum must not depend on the order of the input's bytes.
+                lambda x: _log_block(x, **log, max_value=self.max_value).astype(np.float64),
+                partial(
+                    _residuals, fractions=shares, theta=self.theta, clip=clip, genes=residual_genes
+                ),
             )
-            residuals = partial(
-                _residuals, fractions=shares, theta=self.theta, clip=clip, genes=residual_genes
-            )
-            (_, log_variance), (residual_mean, variance) = _moments(rows, logs, residuals)
-            total, log_total = variance.sum(), log_variance.sum(dtype=np.float64)
+            (_, log_variance), (residual_mean, variance) = moments
+            log_total, total = log_variance.sum(), variance.sum()
             factor = float(np.sqrt(log_total / total)) if log_total and total else 1.0
 
         self.genes_, self.gene_scores_ = genes, gene_scores

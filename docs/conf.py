@@ -1,4 +1,4 @@
-"""Sphinx: `python -m sphinx -W docs docs/_build` after `pip install -e ".[docs]"`."""
+"""Sphinx: `python -m sphinx docs docs/_build` after `pip install -e ".[docs]"`."""
 
 import diffaugkit
 
@@ -22,9 +22,14 @@ myst_heading_anchors = 2
 autosummary_generate = True
 numpydoc_class_members_toctree = False
 numpydoc_show_class_members = False
-autodoc_default_options = {"members": True, "inherited-members": False}
+autodoc_default_options = {
+    "members": True,
+    # scikit-learn writes these methods, with links into its own pages.
+    "exclude-members": "set_fit_request, set_score_request, set_inverse_transform_request",
+}
+default_role = "literal"
 
-# Examples take minutes: they are shown, not run. The quickstart's figure is a file of the repository.
+# Examples take minutes: they are shown, not run.
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "auto_examples",

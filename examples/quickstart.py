@@ -16,7 +16,7 @@ from pathlib import Path
 start = time.perf_counter()
 
 import anndata
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import scanpy as sc
 from scipy.sparse import csr_matrix
@@ -28,15 +28,13 @@ from diffaugkit.plotting import EmbeddingDisplay, TrainingCurveDisplay
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
 parser.add_argument("--folder", type=Path, default=Path(), help="where to write figure and model")
-parser.add_argument(
-    "--schedule", type=int, nargs="+", default="auto", help="epochs E M E ..., to try it out faster"
-)
+parser.add_argument("--schedule", type=int, nargs="+", help="epochs E M E, to try it out faster")
 args = parser.parse_args()
 
 # %%
 # Data: peripheral blood cells that ship inside scanpy, with cell types that nobody here trains on.
-# Their values are log(1 + counts per 10 000 of all genes), to three decimals, and `n_counts` are the
-# totals: so the whole numbers that the sequencer counted come back exactly.
+# Their values are log(1 + counts per 10 000 of all genes), to three decimals, and `n_counts` are
+# the totals: so the whole numbers that the sequencer counted come back exactly.
 
 pbmc = sc.datasets.pbmc68k_reduced()
 counts = np.expm1(pbmc.raw.X.toarray()) * pbmc.obs["n_counts"].to_numpy()[:, None] / 10_000
@@ -45,7 +43,7 @@ adata = anndata.AnnData(csr_matrix(np.rint(counts)), obs=pbmc.obs[["bulk_labels"
 adata.var_names = pbmc.raw.var_names
 # The commonest types first: they get the colours that are told apart most easily.
 cell_types = adata.obs["bulk_labels"]
-cell_types = cell_types.cat.reorder_categories(cell_types.value_counts().index)
+cell_types = cell_types.cat.reorder_categories(list(cell_types.value_counts().index))
 print(f"{adata.n_obs} cells, {adata.n_vars} genes, {cell_types.nunique()} cell types (not shown)\n")
 
 # %%
@@ -54,12 +52,12 @@ print(f"{adata.n_obs} cells, {adata.n_vars} genes, {cell_types.nunique()} cell t
 preprocessor = CellPreprocessor()
 cells = preprocessor.fit_transform(adata)
 fit_start = time.perf_counter()
-model = DiffAugEM(schedule=args.schedule, random_state=0, verbose=1).fit(cells)
+model = DiffAugEM(schedule=args.schedule or "auto", random_state=0, verbose=1).fit(cells)
 print(f"\nfitted in {time.perf_counter() - fit_start:.0f} s\n")
 
 # %%
-# Compare: what a linear classifier, k-means and neighbours find of the cell types in each embedding.
-# The peers get the same normalised genes.
+# Compare: what a linear classifier, neighbours and k-means find of the cell types in each
+# embedding, in percent. The peers get the same normalised genes.
 
 principal_components = PCA(50, svd_solver="arpack", random_state=0).fit_transform(cells)
 embeddings = {
@@ -77,6 +75,8 @@ if importlib.util.find_spec("umap"):
 
 print(f"{'':13}dims  linear SVM   k-NN  k-means    ARI    NMI")
 for name, embedding in embeddings.items():
+    if name == "DiffAug map":
+        print()
     clusters = kmeans_scores(embedding, cell_types)
     print(
         f"{name:13}{embedding.shape[1]:4}"
@@ -96,10 +96,6 @@ print(f"\n{model.quality_report(cells, cell_types)}\n")
 # %%
 # One figure: the map, synthetic cells on top of it, and how the training went.
 
-if not matplotlib.rcParams["interactive"]:
-    matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 figure, (real_axes, synthetic_axes, loss_axes) = plt.subplots(
     1, 3, figsize=(16, 4.8), width_ratios=[1, 1, 1.1], layout="constrained"
 )
@@ -109,8 +105,7 @@ EmbeddingDisplay.from_estimator(
 )
 TrainingCurveDisplay.from_estimator(model, ax=loss_axes)
 real_axes.set_title("700 real cells")
-synthetic_axes.set_title("700 synthetic cells on top")
-loss_axes.set_title("training", pad=18)  # above the names of the phases
+synthetic_axes.set_title("700 generated cells on top")
 args.folder.mkdir(parents=True, exist_ok=True)
 figure.savefig(args.folder / "quickstart.png", dpi=110)
 print(f"figure: {args.folder / 'quickstart.png'}")

@@ -34,7 +34,9 @@ def test_equals_the_obvious_version(points):
 
 def test_all_other_rows_can_be_neighbours(points):
     found = nearest_neighbors(torch.from_numpy(points[:4]), 3).numpy()
-    np.testing.assert_array_equal(np.sort(found, axis=1), [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]])
+    np.testing.assert_array_equal(
+        np.sort(found, axis=1), [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+    )
     with pytest.raises(ValueError, match=r"n_neighbors=4 needs more than 4 samples.*Lower"):
         nearest_neighbors(torch.from_numpy(points[:4]), 4)
 
@@ -59,11 +61,22 @@ def test_approximate_search_is_accurate_and_repeatable(monkeypatch, points):
     assert recall > 0.9
     assert (first != np.arange(700)[:, None]).all()
 
+    # On disk: among some of the rows only, of which the others are no part.
+    monkeypatch.setattr(augmentations, "_REFERENCE_LIMIT", 600)
+    rows = DenseRows(X)
+    rows.in_memory = False
+    found = nearest_neighbors(rows, 10).numpy()
+    assert len(np.unique(found)) <= 600
+    assert (found != np.arange(700)[:, None]).all()
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, exact, strict=True)])
+    assert recall > 0.7
+
 
 def test_without_pynndescent_search_is_exact(monkeypatch, points):
     monkeypatch.setattr(augmentations, "_EXACT_LIMIT", 50)
     monkeypatch.setitem(sys.modules, "pynndescent", None)
-    np.testing.assert_array_equal(nearest_neighbors(torch.from_numpy(points), 4), obvious(points, 4))
+    found = nearest_neighbors(torch.from_numpy(points), 4)
+    np.testing.assert_array_equal(found, obvious(points, 4))
 
 
 def test_rows_on_disk_search_among_a_bounded_number(monkeypatch, points):

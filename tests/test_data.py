@@ -569,7 +569,7 @@ def test_principal_components_are_reproducible(monkeypatch):
     assert principal_components(rows, 20, random_state=3) is principal_components(
         rows, 20, random_state=3
     )
-    generator = np.random.RandomState(0)  # noqa: NPY002
+    generator = np.random.RandomState(0)
     assert principal_components(rows, 20, random_state=generator) is not principal_components(
         rows, 20, random_state=generator
     )

@@ -215,7 +215,8 @@ def test_large_results_of_sparse_input_are_lazy(normalization, counts, adata, mo
         assert isinstance(lazy, MappedRows)
         assert lazy.in_memory
         np.testing.assert_array_equal(np.asarray(lazy), truth)
-        np.testing.assert_array_equal(PCA(3).fit_transform(lazy), PCA(3).fit_transform(truth))
+        pca = PCA(3, svd_solver="full").fit(truth)
+        np.testing.assert_allclose(pca.transform(lazy), pca.transform(truth), atol=1e-4)
     if normalization == "log1p":
         model.set_params(scale=False).fit(counts)
         assert sp.issparse(model.transform(sp.csr_array(counts)))

@@ -1,0 +1,278 @@
+"""SelfSupervisedEncoder: what it learns, positives, warm start, and its own parameters."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.metrics import adjusted_rand_score
+from sklearn.model_selection import GridSearchCV
+
+from diffaugkit import SelfSupervisedEncoder
+from diffaugkit import encoder as encoder_file
+from diffaugkit.data import DenseRows
+from diffaugkit.metrics import kmeans_scores, knn_accuracy
+
+TINY = {"hidden_sizes": (16,), "n_components": 5, "n_pcs": 6, "max_epochs": 2, "random_state": 0}
+
+
+def tiny(**more):
+    return SelfSupervisedEncoder(**{**TINY, **more})
+
+
+# ---- what it learns ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    X, y = load_digits(return_X_y=True)
+    return (X / 16.0).astype(np.float32)[:1000], y[:1000]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "least"), [("scl", 0.8), ("simclr", 0.6)])
+def test_digits_are_told_apart_without_labels(digits, method, least):
+    X, y = digits
+    encoder = SelfSupervisedEncoder(
+        method, hidden_sizes=(128,), max_epochs=40, batch_size=200, random_state=0
+    )
+    y_space = encoder.fit(X).transform(X)
+    assert knn_accuracy(y_space, y) >= 0.9
+    assert encoder.score(X, y) == knn_accuracy(y_space, y)
+    # In two dimensions simclr has a circle only, and PCA no more than 0.6.
+    assert encoder.project(X).shape == (1000, 2)
+    assert knn_accuracy(encoder.project(X), y) >= least
+    assert knn_accuracy(PCA(2, random_state=0).fit_transform(X), y) < 0.65
+    loss = encoder.history_["loss"].to_numpy()
+    assert loss[-5:].mean() < loss[:5].mean()
+
+
+def test_blobs_come_out_as_clusters(blobs):
+    X, labels = blobs
+    encoder = tiny(max_epochs=20, batch_size=80).fit(X)
+    for space in (encoder.transform(X), encoder.project(X)):
+        assert knn_accuracy(space, labels) >= 0.98
+        assert kmeans_scores(space, labels)["ari"] >= 0.95
+    assert adjusted_rand_score(labels, encoder.project(X)[:, 0] > 0) < 1
+
+
+def test_new_rows_fall_where_their_kind_is(blobs):
+    X, labels = blobs
+    encoder = tiny(max_epochs=20, batch_size=80).fit(X[::2])
+    near = ((encoder.transform(X[1::2])[:, None] - encoder.transform(X[::2])) ** 2).sum(-1)
+    assert np.mean(labels[::2][near.argmin(1)] == labels[1::2]) >= 0.98
+
+
+# ---- parameters ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel": "t"},
+        {"kernel": "squared_t"},
+        {"kernel": "unit_t"},
+        {"target": "pair", "beta": 0.5},
+        {"target": "own_view"},
+        {"contrast": "softmax"},
+        {"contrast": "pairwise", "repulsion": 0.3},
+        {"contrast": "pairwise", "kernel": "squared_t", "target": "pair"},
+        {"detach_target": True},
+        {"method": "simclr", "temperature": 0.2},
+        {"method": "scl"},
+        {"backbone": "mlp"},
+        {"skip": False},
+        {"skip": True},
+        {"n_pcs": None},
+        {"n_pcs": 1000},
+        {"n_components": 1, "n_projections": 3},
+        {"hidden_sizes": ()},
+        {"hidden_sizes": [8, 4]},
+        {"n_neighbors": 3},
+        {"nu": 5.0, "nu_projection": 0.1},
+        {"weight_decay": 0.1},
+        {"batch_size": 7},
+        {"batch_size": 10_000},
+        {"precision": "bf16"},
+        {"learning_rate": 1e-2},
+        {"verbose": 1},
+        {"callbacks": [lambda epoch, history: None]},
+    ],
+    ids=str,
+)
+def test_every_option_is_used(blobs, options):
+    X = blobs[0]
+    encoder = tiny(**options).fit(X)
+    y, z = encoder.transform(X), encoder.project(X)
+    assert y.shape == (240, options.get("n_components", 5))
+    assert z.shape == (240, options.get("n_projections", 2))
+    assert np.isfinite(y).all()
+    assert np.isfinite(z).all()
+    silent = {"verbose", "callbacks", "backbone"} & set(options)
+    defaults = SelfSupervisedEncoder().get_params()
+    if not silent and any(defaults[k] != v for k, v in options.items()):
+        assert options["batch_size"] > 240 if options.get("batch_size", 0) > 240 else True
+        if options not in ({"method": "scl"}, {"batch_size": 10_000}):
+            base = tiny().fit(X)
+            assert y.shape != base.transform(X).shape or not np.array_equal(y, base.transform(X))
+
+
+@pytest.mark.parametrize(("n", "epochs"), [(100, 330), (10**6, 5), (5 * 10**4, 30)])
+def test_auto_epochs(n, epochs):
+    steps = -(-n // 300)
+    assert encoder_file.auto_epochs("auto", steps, paper=330, most_steps=5000) == epochs
+    assert encoder_file.auto_epochs(7, steps) == 7
+
+
+def test_auto_neighbours_fit_small_data(blobs):
+    assert tiny().fit(blobs[0][:4]).transform(blobs[0]).shape == (240, 5)
+
+
+@pytest.mark.parametrize("n_pcs", [6, None])
+def test_input_of_the_network_has_unit_scale_and_keeps_directions(blobs, n_pcs):
+    X = blobs[0] * 100 + 5
+    encoder = tiny(n_pcs=n_pcs).fit(X)
+    inputs = np.asarray(encoder._network_input(DenseRows(X)))
+    expected = (X - X.mean(0)) @ (np.eye(20) if n_pcs is None else encoder.components_.T)
+    np.testing.assert_allclose(inputs * encoder.scale_, expected, rtol=1e-3, atol=1e-2)
+    assert np.mean(inputs.var(axis=0, ddof=1)) == pytest.approx(1.0, rel=1e-4)
+    np.testing.assert_allclose(encoder.mean_, X.mean(0, dtype=np.float64), rtol=1e-5)
+    if n_pcs is None:
+        assert encoder.components_ is None
+        sparse = tiny(n_pcs=None).fit(sp.csr_matrix(X))
+        np.testing.assert_allclose(sparse.scale_, encoder.scale_, rtol=1e-6)
+    far = tiny(n_pcs=n_pcs).fit(blobs[0] + 1e4)
+    assert far.scale_ == pytest.approx(tiny(n_pcs=n_pcs).fit(blobs[0]).scale_, rel=1e-2)
+
+
+def test_precision_and_device_are_checked(blobs):
+    with pytest.raises(ValueError, match="is not a device"):
+        tiny(device="abacus").fit(blobs[0])
+    with pytest.raises(ValueError, match="precision"):
+        tiny(precision="fp8").fit(blobs[0])
+
+
+# ---- positives -----------------------------------------------------------------------------------
+
+
+def test_positives_are_used_as_often_as_asked(blobs):
+    X = blobs[0]
+    views = [X[::-1].copy(), X + 1]
+    never = tiny(positives_prob=0.0).fit(X, positives=views).transform(X)
+    some = tiny(positives_prob=0.5).fit(X, positives=views).transform(X)
+    always = tiny(positives_prob=1.0).fit(X, positives=views).transform(X)
+    assert not np.array_equal(never, some)
+    assert not np.array_equal(some, always)
+
+
+def test_positives_replace_the_second_view(blobs, monkeypatch):
+    X = blobs[0]
+    seen = []
+
+    def record(y_a, z_a, y_b, z_b, **options):
+        seen.append(y_b)
+        return original(y_a, z_a, y_b, z_b, **options)
+
+    original = encoder_file.soft_contrastive
+    monkeypatch.setattr(encoder_file, "soft_contrastive", record)
+    views = [np.full_like(X, 3.0), np.full_like(X, -3.0)]
+    tiny(positives_prob=1.0, max_epochs=1).fit(X, positives=views)
+    distinct = {tuple(np.round(row, 3)) for row in seen[0].detach().numpy()}
+    assert len(distinct) == 2  # both views, each row one of them, and no mix-up
+    seen.clear()
+    tiny(positives_prob=0.25, max_epochs=1, batch_size=240).fit(X, positives=views[:1])
+    rows = np.round(seen[0].detach().numpy(), 3)
+    same = max(np.sum((rows == row).all(axis=1)) for row in rows)
+    assert same / 240 == pytest.approx(0.25, abs=0.1)
+
+
+def test_positives_of_another_cell_spoil_and_of_the_same_help(blobs):
+    X, labels = blobs
+    rng = np.random.default_rng(0)
+    noisy = X + rng.normal(scale=3.0, size=X.shape).astype(np.float32)
+    options = {"max_epochs": 30, "batch_size": 80, "positives_prob": 1.0, "skip": False}
+    of_class = [
+        np.concatenate([rng.permutation(noisy[labels == k]) for k in range(3)]) for _ in range(4)
+    ]
+    of_any = [rng.permutation(noisy) for _ in range(4)]
+    good, bad = (
+        knn_accuracy(tiny(**options).fit(noisy, positives=views).project(noisy), labels)
+        for views in (of_class, of_any)
+    )
+    assert good > bad + 0.02
+
+
+@pytest.mark.parametrize(
+    "container", [np.asarray, torch.from_numpy, sp.csr_matrix, pd.DataFrame, DenseRows, ad.AnnData]
+)
+def test_positives_come_in_every_container(blobs, container):
+    X = blobs[0]
+    expected = tiny(positives_prob=1.0).fit(X, positives=[X + 1]).transform(X)
+    ours = tiny(positives_prob=1.0).fit(X, positives=[container(X + 1)]).transform(X)
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        (lambda X: [X, X[:-1]], r"positives\[1\] has shape \(239, 20\), but X has \(240, 20\)"),
+        (lambda X: [X[:, :5]], r"positives\[0\] has shape \(240, 5\)"),
+        (lambda X: X, r"positives\[0\].*1D"),
+        (lambda X: [X * np.nan], r"positives\[0\].*NaN"),
+    ],
+)
+def test_wrong_positives_are_refused(blobs, views, message):
+    encoder = tiny().fit(blobs[0])
+    before = encoder.transform(blobs[0])
+    with pytest.raises(ValueError, match=message):
+        encoder.fit(blobs[0], positives=views(blobs[0]))
+    np.testing.assert_array_equal(encoder.transform(blobs[0]), before)
+
+
+# ---- warm start ----------------------------------------------------------------------------------
+
+
+def test_warm_start_goes_on(blobs):
+    X = blobs[0]
+    encoder = tiny(warm_start=True, max_epochs=10, batch_size=80).fit(X)
+    first, space, loss = encoder.module_, encoder.components_, encoder.history_["loss"].to_numpy()
+    kept = {name: value.clone() for name, value in first.state_dict().items()}
+    encoder.set_params(max_epochs=3).fit(X[:200])
+    assert encoder.history_["loss"].iloc[0] < loss[0]
+    assert encoder.n_iter_ == 3
+    np.testing.assert_array_equal(encoder.components_, space)
+    assert all(torch.equal(kept[name], value) for name, value in first.state_dict().items())
+    cold = encoder.set_params(warm_start=False).fit(X).transform(X)
+    np.testing.assert_array_equal(cold, tiny(max_epochs=3, batch_size=80).fit(X).transform(X))
+
+
+def test_warm_start_refuses_what_does_not_go_on(blobs):
+    encoder = tiny(warm_start=True).fit(blobs[0])
+    before = encoder.transform(blobs[0])
+    with pytest.raises(ValueError, match="20 features"):
+        encoder.fit(blobs[0][:, :7])
+    with pytest.raises(ValueError, match="size were changed"):
+        encoder.set_params(n_components=9).fit(blobs[0])
+    encoder.set_params(n_components=5)
+    np.testing.assert_array_equal(encoder.transform(blobs[0]), before)
+
+
+def test_neighbours_follow_the_space(blobs):
+    # The same Rows, first for one space, then warm for another of equal shape.
+    rows = DenseRows(blobs[0])
+    rng = np.random.default_rng(0)
+    other = DenseRows(blobs[0] * rng.uniform(0, 5, size=20).astype(np.float32))
+    warm = tiny(warm_start=True).fit(other)
+    tiny().fit(rows)
+    space = warm._prepare(rows, None, seed=0)
+    fresh = warm._prepare(DenseRows(blobs[0]), None, seed=0)
+    assert torch.equal(space.batches.sources[1], fresh.batches.sources[1])
+
+
+def test_grid_search_uses_the_score(blobs):
+    X, y = blobs
+    search = GridSearchCV(tiny(), {"n_components": [2, 6]}, cv=2, error_score="raise").fit(X, y)
+    assert search.best_score_ > 0.9
