@@ -217,8 +217,10 @@ class DiffAugEM(TorchTransformer):
             phase = "EM" if self.joint else "EM"[number % 2]
             if epochs == 0:
                 continue
-            self._set_phase(encoder, phase, number, len(schedule), epochs, warm=number > 0)
-            self._set_phase(diffusion, phase, number, len(schedule), epochs)
+            if "E" in phase:
+                self._set_phase(encoder, phase, number, len(schedule), epochs, warm=number > 0)
+            if "M" in phase:
+                self._set_phase(diffusion, phase, number, len(schedule), epochs)
             if phase == "E":
                 encoder.fit(rows, None, positives=positives)
             else:
@@ -427,7 +429,7 @@ class DiffAugEM(TorchTransformer):
         batches = make_batches(
             *e_step.batches.sources[:2],
             *inputs,
-            batch_size=self.batch_size,
+            batch_size=encoder.batch_size,
             seed=self._child_seed(seed, 30 + number),
             device=self._device(),
         )

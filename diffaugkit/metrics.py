@@ -150,7 +150,7 @@ def linear_svm_accuracy(
     >>> round(linear_svm_accuracy(*load_iris(return_X_y=True)), 2)
     0.97
     """
-    model = make_pipeline(StandardScaler(), SVC(kernel="linear"))
+    model = make_pipeline(StandardScaler(), SVC(kernel="linear", random_state=0))
     return _cross_validate(model, _check_matrix(X, "X"), y, cv, random_state)
 
 

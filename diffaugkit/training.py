@@ -760,10 +760,9 @@ def fit_loop(
     }
     _check_settings(settings)
     callbacks = [callbacks] if callable(callbacks) else list(callbacks or ())
-    processes = _processes(device)
-    rank = processes.process_index
 
     with isolated_rng(seed, device), _tf32(device), contextlib.ExitStack() as stack:
+        processes = stack.enter_context(_processes(device))
         module.to(device)
         step_module = processes.prepare(_Step(module, loss_fn))
         steps_per_epoch = batches.steps_per_epoch
@@ -772,16 +771,19 @@ def fit_loop(
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = _adamw(parameters, weight_decay, device)
         average = None if ema_decay is None else _Average(module, ema_decay)
-        log = _Log(1 if device.type == "cpu" and processes.num_processes == 1 else _LOOK_EVERY)
+        every = 1 if device.type == "cpu" and processes.world == 1 else _LOOK_EVERY
+        log = _Log(every, processes)
         state = _State(module, average, optimizer, log)
         if checkpoint_dir is not None:
-            settings |= {"steps_per_epoch": steps_per_epoch, "processes": processes.num_processes}
+            settings |= {"steps_per_epoch": steps_per_epoch, "processes": processes.world}
             state.open(Path(checkpoint_dir) / "training", settings, batches)
         good = _Snapshot(module)
         if compile:
             module.compile()
         stack.enter_context(reduced_precision(module, precision, device))
-        bar = stack.enter_context(_bar(verbose, rank, max_epochs * steps_per_epoch, description))
+        bar = stack.enter_context(
+            _bar(verbose, processes.rank, max_epochs * steps_per_epoch, description)
+        )
         bar.update(state.epoch * steps_per_epoch + state.batch)
         batch = None
 
@@ -792,7 +794,7 @@ def fit_loop(
                     # fetch the batch
                     batch = _on_device(batch, device)
                     position = state.epoch * steps_per_epoch + state.batch
-                    _seed_generators(mix_seed(seed, _STEP, position, rank), device)
+                    _seed_generators(mix_seed(seed, _STEP, position, processes.rank), device)
 
                     # forward
                     in_group = state.batch % accumulate
@@ -848,7 +850,7 @@ def fit_loop(
                 state.epoch, state.batch = state.epoch + 1, 0
                 stops = [callback(state.epoch - 1, state.history) for callback in callbacks]
                 stops.append(_has_stalled(state.history, patience, min_delta))
-                state.finished = state.epoch == max_epochs or _any_process(stops, device)
+                state.finished = state.epoch == max_epochs or processes.any(stops)
                 if state.finished or state.epoch % checkpoint_every == 0:
                     state.save(processes)
         except Exception as error:
@@ -856,11 +858,18 @@ def fit_loop(
                 good.restore()
             if batch is None or not _is_out_of_memory(error):
                 raise
-            message = _what_fits(step_module, batch, error, device, processes.num_processes)
+            message = _what_fits(step_module, batch, error, device, processes.world)
             good.restore()
             raise MemoryError(message) from None
 
-    return _handed_back(module, average, device, processes), state.history
+        result = module if average is None else average.module
+        # Statistics follow the rows that a process saw: all take home those of the first.
+        processes.share(result.buffers())
+
+    result.eval()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return result, state.history
 
 
 def _check_settings(settings):
@@ -926,29 +935,14 @@ def _has_stalled(history, patience, min_delta):
     return len(history) - 1 - at >= patience
 
 
-def _handed_back(module, average, device, processes):
-    result = module if average is None else average.module
-    if processes.num_processes > 1:
-        # Statistics follow the rows that a process saw: all take home those of the first.
-        for buffer in result.buffers():
-            torch.distributed.broadcast(buffer, 0)
-        # gloo's thread lets go of a buffer only after its broadcast has returned, and aborts a program
-        # that ends in between: a barrier holds no tensor and gives it the time.
-        processes.wait_for_everyone()
-    result.eval()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return result
-
-
 # ---- losses, weights and memory under watch ------------------------------------------------------
 
 
 class _Log:
     """Means of the losses of an epoch; looks at them every so many batches and stops at a NaN."""
 
-    def __init__(self, every):
-        self.every = every
+    def __init__(self, every, processes):
+        self.every, self._processes = every, processes
         self.sums, self.count = {}, 0
         self._pending = []
 
@@ -969,7 +963,7 @@ class _Log:
             table = torch.stack(
                 [torch.stack([v.to(device).float() for v in row]) for row in self._pending]
             )
-            rows = _mean_of_processes(table).tolist()
+            rows = self._processes.mean(table).tolist()
         self._pending = []
         for offset, row in enumerate(rows):
             values = dict(zip(self._keys, row, strict=True))
@@ -1110,7 +1104,7 @@ class _State:
     def save(self, processes):
         if self._folder is None:
             return
-        if processes.is_main_process:
+        if processes.rank == 0:
             tensors = {f"module.{k}": v for k, v in self._module.state_dict().items()}
             if self._average is not None:
                 averages = self._average.state_dict()
@@ -1129,7 +1123,7 @@ class _State:
                 "count": self._log.count,
             }
             write_folder(self._folder, tensors, document)
-        processes.wait_for_everyone()
+        processes.wait()
 
 
 def _digest(tensors):
@@ -1142,10 +1136,17 @@ def _digest(tensors):
 # ---- processes -----------------------------------------------------------------------------------
 
 
-class _Alone:
-    """What the loop asks of accelerate's Accelerator, for a process on its own."""
+def _place():
+    """Rank and number of the processes that train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
-    num_processes, process_index, is_main_process = 1, 0, True
+
+class _Alone:
+    """What the loop needs from the others, where there are none."""
+
+    rank, world = 0, 1
 
     def prepare(self, module):
         return module
@@ -1156,42 +1157,63 @@ class _Alone:
     def backward(self, loss):
         loss.backward()
 
-    def wait_for_everyone(self):
+    def wait(self):
+        pass
+
+    def mean(self, table):
+        return table
+
+    def any(self, stops):
+        return any(stops)
+
+    def share(self, tensors):
         pass
 
 
+class _Together:
+    """The processes of a launcher: accelerate's Accelerator, and a group for what the loop says."""
+
+    def __init__(self, accelerator, device):
+        self.rank, self.world = _place()
+        self._device = device
+        self.prepare, self.backward = accelerator.prepare, accelerator.backward
+        self.no_sync, self.wait = accelerator.no_sync, accelerator.wait_for_everyone
+        self._group = torch.distributed.new_group()
+
+    def mean(self, table):
+        torch.distributed.all_reduce(table, group=self._group)
+        return table / self.world
+
+    def any(self, stops):
+        votes = torch.tensor(int(any(stops)), device=self._device)
+        torch.distributed.all_reduce(votes, group=self._group)
+        return bool(votes.item())
+
+    def share(self, tensors):
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, 0, group=self._group)
+
+    def close(self):
+        torch.distributed.destroy_process_group(self._group)
+
+
+@contextlib.contextmanager
 def _processes(device):
     launched = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not launched and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         # An Accelerator fixes the device of the whole program: a fit must not do that unasked.
-        return _Alone()
+        yield _Alone()
+        return
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
     # A part that a batch leaves unused (a null condition, say) must not stall the others.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unused])
-
-
-def _place():
-    """Rank and number of the processes that train together."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _mean_of_processes(table):
-    _, world = _place()
-    if world > 1:
-        torch.distributed.all_reduce(table)
-        table /= world
-    return table
-
-
-def _any_process(stops, device):
-    stop = any(stops)
-    if _place()[1] > 1:
-        votes = torch.tensor(int(stop), device=device)
-        torch.distributed.all_reduce(votes)
-        stop = bool(votes.item())
-    return stop
+    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unused])
+    # gloo's threads let go of a Python tensor some time after its exchange, and abort a program
+    # that ends meanwhile. Closing a group ends its threads, but not if DDP has used it.
+    together = _Together(accelerator, device)
+    try:
+        yield together
+    finally:
+        together.close()

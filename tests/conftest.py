@@ -5,9 +5,13 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+# The networks of the tests are so small that a second thread only waits for the first.
+torch.set_num_threads(1)
+
 
 # Tests of parts below the estimators draw from torch's global stream themselves.
-_DRAWING = {f"test_{name}.py" for name in ("base", "diffusion", "losses", "networks", "persistence")}
+_PARTS = ("base", "diffusion", "losses", "networks", "persistence")
+_DRAWING = {f"test_{name}.py" for name in _PARTS}
 
 
 @pytest.fixture(autouse=True)

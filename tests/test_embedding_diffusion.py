@@ -25,9 +25,7 @@ TINY = {"width": 16, "n_blocks": 1, "n_pcs": 6, "n_sampling_steps": 3, "max_epoc
 
 def tiny(**more):
     encoder = SelfSupervisedEncoder(**ENCODER)
-    return EmbeddingConditionedDiffusion(
-        **{"encoder": encoder, **TINY, "random_state": 0, **more}
-    )
+    return EmbeddingConditionedDiffusion(**{"encoder": encoder, **TINY, "random_state": 0, **more})
 
 
 # ---- what it generates ---------------------------------------------------------------------------

@@ -215,8 +215,7 @@ def test_finite_at_extremes(kernel, target, contrast, repulsion, n, scale):
     generator = torch.Generator().manual_seed(0)
     for nu_low in (0.01, 5.0):
         tensors = [
-            (scale * torch.randn(n, d, generator=generator)).requires_grad_()
-            for d in (5, 2, 5, 2)
+            (scale * torch.randn(n, d, generator=generator)).requires_grad_() for d in (5, 2, 5, 2)
         ]
         names = {"kernel": kernel, "target": target, "contrast": contrast}
         loss = soft_contrastive(*tensors, **names, repulsion=repulsion, nu_low=nu_low)

@@ -39,7 +39,8 @@ def cells(counts):
 @pytest.mark.parametrize("n_jobs", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_grid_search_over_the_whole_way(counts, n_jobs):
     X, y = counts
-    model = make_pipeline(CellPreprocessor(n_top_genes=40), tiny_em(), SVC(kernel="linear", random_state=0))
+    classifier = SVC(kernel="linear", random_state=0)
+    model = make_pipeline(CellPreprocessor(n_top_genes=40), tiny_em(), classifier)
     grid = {
         "diffaugem__encoder__n_components": [3, 5],
         "diffaugem__augmentation_prob": [0.0, 0.5],

@@ -314,8 +314,8 @@ def test_looking_rarely_names_the_same_batch(toy, monkeypatch):
     import diffaugkit.training as training
 
     class Rarely(training._Log):
-        def __init__(self, every):
-            super().__init__(50)
+        def __init__(self, every, processes):
+            super().__init__(50, processes)
 
     fine, history = train(toy)
     monkeypatch.setattr(training, "_Log", Rarely)

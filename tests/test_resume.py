@@ -1,0 +1,230 @@
+"""DiffAugEM in the face of kill -9, and in two processes at once."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import diffaugkit
+from diffaugkit import DiffAugEM, EmbeddingConditionedDiffusion, SelfSupervisedEncoder
+
+ROOT = Path(__file__).parents[1]
+SCHEDULE = (4, 4, 4, 3, 4)
+
+
+def model(**more):
+    encoder = SelfSupervisedEncoder(hidden_sizes=(8,), n_components=4, n_pcs=6, batch_size=40)
+    diffusion = EmbeddingConditionedDiffusion(
+        width=8, n_blocks=1, n_pcs=6, n_sampling_steps=2, batch_size=40, ema_decay=0.9
+    )
+    options = {"schedule": SCHEDULE, "n_views": 2, "augmentation_prob": 0.5, "random_state": 0}
+    return DiffAugEM(encoder, diffusion, **{**options, **more})
+
+
+def data():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 40)
+    return (rng.normal(scale=3, size=(3, 12))[labels] + rng.normal(size=(120, 12))).astype("f4")
+
+
+def outcome(fitted):
+    """All that a fit gives, as arrays by name."""
+    X = data()
+    arrays = {"y": fitted.transform(X), "z": fitted.project(X)}
+    arrays |= {"sample": fitted.diffusion_.sample(5), "augment": fitted.augment(X)}
+    for part in ("encoder_", "diffusion_"):
+        state = getattr(fitted, part).module_.state_dict()
+        arrays |= {f"{part}.{name}": tensor.numpy() for name, tensor in state.items()}
+    history = fitted.history_.assign(phase=fitted.history_["phase"].map(["E", "M", "EM"].index))
+    return arrays | {"history": history.to_numpy(float)}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def run(script, **env):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+
+
+# ---- kill -9 -------------------------------------------------------------------------------------
+
+KILLED = """
+    import os, random, signal, sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    import numpy as np
+    import test_resume as t
+
+    def child(folder, out, kind="", at=-1, **options):
+        # Forked, as torch takes seconds to import. Kills hit a batch or a call of a checkpoint.
+        pid = os.fork()
+        if pid:
+            return os.waitpid(pid, 0)[1]
+        try:
+            count = [0]
+
+            def dies(name, call):
+                def run(*args, **kwargs):
+                    count[0] += name == kind
+                    if count[0] == at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return call(*args, **kwargs)
+                return run
+
+            from diffaugkit import embedding_diffusion, encoder
+            encoder._Fit.loss = dies("E", encoder._Fit.loss)
+            embedding_diffusion._Fit.loss = dies("M", embedding_diffusion._Fit.loss)
+            os.replace, os.fsync = dies("replace", os.replace), dies("fsync", os.fsync)
+            fitted = t.model(checkpoint_dir=folder, **options).fit(t.data())
+            np.savez(out, **t.outcome(fitted))
+            os._exit(0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+
+    base = Path({base!r})
+    t.model(schedule=(1, 1, 1)).fit(t.data()).sample = None  # imports much, once for all children
+    options = {options!r}
+    assert child(None, base / "whole.npz", **options) == 0
+    whole = dict(np.load(base / "whole.npz"))
+    random.seed({seed})
+    for number, (kind, most) in enumerate({kills!r}):
+        folder, out = base / f"fit{{number}}", base / f"out{{number}}.npz"
+        at = random.randint(1, most)
+        assert child(folder, out, kind, at, **options) == signal.SIGKILL, (kind, at)
+        again = random.randint(1, 12)  # and once more, wherever that is
+        assert child(folder, out, random.choice("EM"), again, **options) in (signal.SIGKILL, 0)
+        assert child(folder, out, **options) == 0, (kind, at, again)
+        t.assert_same(dict(np.load(out)), whole)
+        # A finished run comes back at once, the same.
+        assert child(folder, out, "E", 1, **options) == 0, "a finished run trained again"
+        t.assert_same(dict(np.load(out)), whole)
+    print("equal")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(
+    ("options", "kills"),
+    [
+        # 3 batches an epoch: 12 in an E-step, 12 and 9 in the M-steps. 3 renames a checkpoint.
+        ({}, [("E", 12), ("E", 36), ("M", 12), ("M", 21), ("replace", 57), ("fsync", 57)]),
+        ({"joint": True, "schedule": (3, 2, 3)}, [("E", 24), ("M", 24), ("replace", 24)]),
+        ({"condition": "random", "schedule": (2, 3, 2)}, [("M", 9)]),
+    ],
+    ids=["em", "joint", "random"],
+)
+def test_killed_at_random_moments_ends_bit_for_bit_equal(tmp_path, options, kills):
+    script = textwrap.dedent(KILLED).format(
+        tests=str(ROOT / "tests"), base=str(tmp_path), options=options, kills=kills, seed=2
+    )
+    done = run(script)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert "equal" in done.stdout
+
+
+@pytest.mark.parametrize("phase", range(5))
+def test_interrupted_in_each_phase(tmp_path, phase):
+    # The same in one process: Ctrl-C in the middle of each phase.
+    X, epochs = data(), [0]
+    stop_at = sum(SCHEDULE[:phase]) + 2
+
+    def interrupt(epoch, history):
+        epochs[0] += 1
+        if epochs[0] == stop_at:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "fit"
+    with pytest.raises(KeyboardInterrupt):
+        model(checkpoint_dir=folder, callbacks=interrupt).fit(X)
+    epochs[0] = 10**6
+    resumed = model(checkpoint_dir=str(folder), callbacks=interrupt).fit(X)
+    # The epoch in which it stopped has no checkpoint yet.
+    assert epochs[0] - 10**6 == sum(SCHEDULE) - stop_at + 1
+    assert_same(outcome(resumed), outcome(model().fit(X)))
+
+
+def test_checkpoints_of_another_fit_are_refused(tmp_path):
+    X = data()
+    model(checkpoint_dir=tmp_path, schedule=(2, 1, 2)).fit(X)
+    for other, changed in ((model(random_state=1), X), (model(), X + 1)):
+        other.set_params(checkpoint_dir=tmp_path, schedule=(2, 1, 2))
+        with pytest.raises(ValueError, match="holds the checkpoint of another fit"):
+            other.fit(changed)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "diffusion"])
+def test_parts_resume_on_their_own(tmp_path, kind):
+    X = data()
+    part = getattr(model(), kind).set_params(max_epochs=4, random_state=0)
+    if kind == "diffusion":
+        part.set_params(encoder=model().encoder.set_params(max_epochs=2))
+
+    def stop(epoch, history):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    part.set_params(checkpoint_dir=tmp_path, callbacks=stop)
+    with pytest.raises(KeyboardInterrupt):
+        part.fit(X)
+    resumed = part.set_params(callbacks=None).fit(X).transform(X)
+    whole = part.set_params(checkpoint_dir=None).fit(X).transform(X)
+    np.testing.assert_array_equal(resumed, whole)
+
+
+# ---- two processes -------------------------------------------------------------------------------
+
+TOGETHER = """
+    import os, sys
+    sys.path.insert(0, {tests!r})
+    import numpy as np
+    import test_resume as t
+
+    for name in ("em", "joint"):
+        options = {{"device": "cpu", "schedule": (3, 3, 3), "joint": name == "joint"}}
+        fitted = t.model(**options).fit(t.data())
+        np.savez(os.path.join({base!r}, name + os.environ["RANK"]), **t.outcome(fitted))
+        if os.environ["RANK"] == "0":
+            fitted.save(os.path.join({base!r}, name))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_one_model(tmp_path):
+    script = tmp_path / "train.py"
+    text = TOGETHER.format(tests=str(ROOT / "tests"), base=str(tmp_path))
+    script.write_text(textwrap.dedent(text))
+    # `accelerate launch --cpu --num_processes 2` starts one process unless there is mpirun; with
+    # --multi_gpu it starts two, and the device of the model says that both take the CPU.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--main_process_port", "0", str(script)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"GLOO_SOCKET_IFNAME": "lo", "HF_HOME": str(tmp_path / "home")}
+    env |= {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("em", "joint"):
+        first, second = (dict(np.load(tmp_path / f"{name}{rank}.npz")) for rank in (0, 1))
+        assert_same(first, second)
+        loaded = diffaugkit.load(tmp_path / name)
+        assert_same(outcome(loaded), first)
+        alone = outcome(model(schedule=(3, 3, 3), joint=name == "joint").fit(data()))
+        # Half the batch in each process sees other statistics and other draws: a model of the
+        # same quality, not the same one.
+        table = pd.DataFrame({"together": first["history"][:, 3], "alone": alone["history"][:, 3]})
+        assert np.isfinite(table).all(axis=None)
+        assert table["together"].iloc[-1] == pytest.approx(table["alone"].iloc[-1], rel=0.5)
+    assert not torch.distributed.is_initialized()
