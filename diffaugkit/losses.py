@@ -269,6 +269,43 @@ def soft_contrastive(
     return -(attraction + repulsion * (1 - P) * torch.log(1 - Q + _LOG_FLOOR)).mean()
 
 
+def t_info_nce(a, b, nu=5.0):
+    r"""InfoNCE with a Student t kernel in place of the exponential (Böhm et al. 2023).
+
+    .. math:: L = -\frac{1}{B} \sum_i \log
+              \frac{\kappa_\nu(a_i, b_i)}{\sum_k \kappa_\nu(a_i, b_k)},
+
+    averaged over both directions: Eq. 1 of DiffAug with hard labels. The embedding is not
+    normalised, so its distances stay those of the data.
+
+    Parameters
+    ----------
+    a, b : Tensor of shape (B, d)
+        Embeddings of the two views; row i of both comes from sample i.
+    nu : float, default=5.0
+        Degrees of freedom, above 0.
+
+    Returns
+    -------
+    Tensor of shape ()
+        Mean over the rows and both directions.
+
+    References
+    ----------
+    Böhm et al., "Unsupervised visualization of image datasets using contrastive learning", 2023.
+
+    Examples
+    --------
+    >>> import torch
+    >>> one = torch.ones(4, 3)  # all views alike: log(B)
+    >>> round(t_info_nce(one, one).item(), 4)
+    1.3863
+    """
+    logits = -(nu + 1) / 2 * torch.log1p(squared_distances(a, b) / nu)
+    partner = torch.arange(len(a), device=a.device)
+    return 0.5 * (F.cross_entropy(logits, partner) + F.cross_entropy(logits.T, partner))
+
+
 def nt_xent(a, b, temperature=0.5):
     """Normalised temperature-scaled cross-entropy (InfoNCE) of SimCLR between two views.
 

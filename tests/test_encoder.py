@@ -78,6 +78,7 @@ def test_new_rows_fall_where_their_kind_is(blobs):
         {"target": "pair", "beta": 0.5},
         {"target": "own_view"},
         {"contrast": "softmax"},
+        {"contrast": "softmax", "embedding_weight": 0.0},
         {"contrast": "pairwise", "repulsion": 0.3},
         {"contrast": "pairwise", "kernel": "squared_t", "target": "pair"},
         {"detach_target": True},

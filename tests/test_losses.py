@@ -15,6 +15,7 @@ from diffaugkit.losses import (
     p2_weight,
     soft_contrastive,
     squared_distances,
+    t_info_nce,
     t_similarity,
 )
 
@@ -191,6 +192,18 @@ def test_softmax_form_is_symmetric_in_the_views():
     there = soft_contrastive(y_a, z_a, y_b, z_b, **settings)
     back = soft_contrastive(y_b, z_b, y_a, z_a, **settings)
     assert there.item() == pytest.approx(back.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("nu", [0.5, 5.0, 100.0])
+def test_t_info_nce_equals_numpy(nu):
+    _, a, _, b = views()
+    kernel = np.array([[stats.t.pdf(np.linalg.norm(p - q), df=nu) for q in b] for p in a])
+    own = np.diag(kernel)
+    expected = -0.5 * np.mean(np.log(own / kernel.sum(axis=0)) + np.log(own / kernel.sum(axis=1)))
+    loss = t_info_nce(torch.tensor(a), torch.tensor(b), nu)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    tensors = [torch.tensor(v, requires_grad=True) for v in (a, b)]
+    assert torch.autograd.gradcheck(lambda p, q: t_info_nce(p, q, nu), tensors)
 
 
 def test_squared_distances():
