@@ -61,8 +61,8 @@ class DiffAugEM(TorchTransformer):
         An :class:`~diffaugkit.EmbeddingConditionedDiffusion` to be cloned and fitted.
     schedule : "auto" or tuple of int, default="auto"
         Epochs of the phases E, M, E, M, E, ...: an odd number of phases. "auto" is the paper's
-        (330, 330, 340), or fewer where 2 000 batches a phase come sooner (from about 1 800 samples
-        on), but at least 5. An M-step of 0 epochs is left out: (330, 0, 340) is the encoder alone.
+        (330, 330, 340), or fewer where 1 000 batches a phase come sooner (from about 900 samples
+        on), but at least 10. An M-step of 0 epochs is left out: (330, 0, 340) is the encoder alone.
     augmentation_prob : float, default=0.1
         lambda of the paper: share of second views that are generated.
     n_views : int, default=4

@@ -95,7 +95,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
     layer : str or None, default=None
         Layer of an AnnData to read instead of ``.X``.
     max_epochs : int or "auto", default="auto"
-        330, the paper's M-step, or as many as make 2 000 batches if that is fewer.
+        330, the paper's M-step, or as many as make 1 000 batches if that is fewer, but at least 10.
     batch_size : int, default=300
         The paper's.
     learning_rate : float, default=2e-3

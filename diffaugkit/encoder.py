@@ -107,8 +107,8 @@ class SelfSupervisedEncoder(TorchTransformer):
     layer : str or None, default=None
         Layer of an AnnData to read instead of ``.X``.
     max_epochs : int or "auto", default="auto"
-        Passes over the data. "auto" is 330, the paper's E-step, or as many as make 2 000 batches if
-        that is fewer, but at least 5: large data need fewer passes.
+        Passes over the data. "auto" is 330, the paper's E-step, or as many as make 1 000 batches if
+        that is fewer, but at least 10: large data need fewer passes.
     batch_size : int, default=300
         The paper's. Other rows of the batch are the negatives.
     learning_rate : float, default=2e-3
@@ -469,11 +469,11 @@ class _Fit:
         return loss
 
 
-def auto_epochs(max_epochs, steps_per_epoch, *, paper=330, most_steps=2_000):
-    """Epochs of a phase: the paper's, or as many as make `most_steps` batches, at least 5."""
+def auto_epochs(max_epochs, steps_per_epoch, *, paper=330, most_steps=1_000):
+    """Epochs of a phase: the paper's, or as many as make `most_steps` batches, at least 10."""
     if max_epochs != "auto":
         return max_epochs
-    return max(5, min(paper, -(-most_steps // steps_per_epoch)))
+    return max(10, min(paper, -(-most_steps // steps_per_epoch)))
 
 
 def _copy_weights(source, module):

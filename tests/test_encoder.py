@@ -121,7 +121,7 @@ def test_every_option_is_used(blobs, options):
             assert y.shape != base.transform(X).shape or not np.array_equal(y, base.transform(X))
 
 
-@pytest.mark.parametrize(("n", "epochs"), [(100, 330), (10**6, 5), (5 * 10**4, 30)])
+@pytest.mark.parametrize(("n", "epochs"), [(100, 330), (10**6, 10), (5 * 10**4, 30)])
 def test_auto_epochs(n, epochs):
     steps = -(-n // 300)
     assert encoder_file.auto_epochs("auto", steps, paper=330, most_steps=5000) == epochs
