@@ -2,8 +2,8 @@
 
 Reading order of the files, each of which imports only from those before it:
 
-losses, metrics, data, augmentations, networks, diffusion, persistence, training, base,
-preprocessing, encoder, embedding_diffusion, diffaug_em, plotting.
+losses, metrics, rows, data, decomposition, augmentations, networks, denoisers, diffusion,
+persistence, training, base, preprocessing, encoder, embedding_diffusion, diffaug_em, plotting.
 """
 
 import importlib

@@ -39,8 +39,8 @@ class Diffusion(nn.Module):
     """Noise schedule with its training loss and its sampling loop; holds no weights.
 
     It never sees which network it trains: a denoiser is anything that keeps the contract of
-    `diffaugkit.networks`, on vectors (B, D) or images (B, C, H, W). Nothing is clipped: data do not
-    have to lie in [-1, 1], but should have a spread near 1.
+    `diffaugkit.denoisers`, on vectors (B, D) or images (B, C, H, W). Nothing is clipped: data do
+    not have to lie in [-1, 1], but should have a spread near 1.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class Diffusion(nn.Module):
     Examples
     --------
     >>> import torch
-    >>> from diffaugkit.networks import MLPDenoiser
+    >>> from diffaugkit.denoisers import MLPDenoiser
     >>> diffusion, denoiser = Diffusion(), MLPDenoiser(n_features=5, width=32)
     >>> loss = diffusion.loss(denoiser, torch.randn(8, 5))["loss"]
     >>> noise = row_noise((5,), seed=0, rows=range(3))
@@ -409,7 +409,7 @@ def classifier_free(denoiser, scale):
     Examples
     --------
     >>> import torch
-    >>> from diffaugkit.networks import MLPDenoiser
+    >>> from diffaugkit.denoisers import MLPDenoiser
     >>> denoise = classifier_free(MLPDenoiser(n_features=5, n_condition=2, width=32), scale=1.5)
     >>> denoise(torch.randn(3, 5), torch.tensor([0, 10, 999]), torch.randn(3, 2)).shape
     torch.Size([3, 5])

@@ -31,7 +31,9 @@ from diffaugkit.base import (
     _fit_context,
     all_or_nothing,
 )
-from diffaugkit.data import DenseRows, MappedRows, PrincipalComponents, check_X
+from diffaugkit.data import check_X
+from diffaugkit.decomposition import PrincipalComponents
+from diffaugkit.denoisers import DENOISERS
 from diffaugkit.diffusion import (
     BETA_SCHEDULES,
     PREDICTION_TYPES,
@@ -43,7 +45,7 @@ from diffaugkit.diffusion import (
 )
 from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs, linear_space, project_rows
 from diffaugkit.metrics import quality_report
-from diffaugkit.networks import DENOISERS
+from diffaugkit.rows import DenseRows, MappedRows
 from diffaugkit.training import isolated_rng, make_batches, mix_seed
 
 # Embeddings of training rows that are kept, so that ``sample(n)`` has conditions to draw from.

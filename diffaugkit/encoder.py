@@ -24,16 +24,12 @@ from sklearn.utils.validation import check_is_fitted
 
 from diffaugkit.augmentations import nearest_neighbors, neighbor_mixup
 from diffaugkit.base import Interval, StrOptions, TorchTransformer, _fit_context, all_or_nothing
-from diffaugkit.data import (
-    DenseRows,
-    MappedRows,
-    PrincipalComponents,
-    check_X,
-    principal_components,
-)
+from diffaugkit.data import check_X
+from diffaugkit.decomposition import PrincipalComponents, principal_components
 from diffaugkit.diffusion import sample_in_batches
 from diffaugkit.losses import KERNELS, nt_xent, soft_contrastive, t_info_nce
 from diffaugkit.networks import EmbeddingMLP
+from diffaugkit.rows import DenseRows, MappedRows
 from diffaugkit.training import isolated_rng, make_batches
 
 _DEFAULT_NEIGHBORS = 30

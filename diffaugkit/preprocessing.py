@@ -11,7 +11,8 @@ from sklearn.utils import check_array
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from diffaugkit.data import MappedRows, check_X, sample_range
+from diffaugkit.data import check_X, sample_range
+from diffaugkit.rows import MappedRows
 
 __all__ = ["CellPreprocessor"]
 
@@ -274,7 +275,7 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     In-memory input gives an ndarray (CSR for sparse input without scaling), float32. An AnnData
     backed by a file, and sparse input whose dense result would exceed 1 GB, give
-    :class:`~diffaugkit.data.MappedRows`, computed as they are read: every estimator of this package
+    :class:`~diffaugkit.rows.MappedRows`, computed as they are read: every estimator of this package
     takes them, ``np.asarray`` makes them an array.
 
     References

@@ -8,7 +8,7 @@ import torch
 
 from diffaugkit import augmentations
 from diffaugkit.augmentations import nearest_neighbors, neighbor_mixup
-from diffaugkit.data import DenseRows, MappedRows
+from diffaugkit.rows import DenseRows, MappedRows
 from diffaugkit.training import isolated_rng
 
 

@@ -27,7 +27,7 @@ from diffaugkit import (
     SelfSupervisedEncoder,
 )
 from diffaugkit.base import TorchEstimator
-from diffaugkit.data import DenseRows
+from diffaugkit.rows import DenseRows
 
 ENCODER = {"hidden_sizes": (8,), "n_components": 4, "n_pcs": 6, "max_epochs": 2}
 DIFFUSION = {"width": 8, "n_blocks": 1, "n_pcs": 6, "n_sampling_steps": 2, "max_epochs": 2}

@@ -5,6 +5,7 @@ import hashlib
 import pickle
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -18,18 +19,10 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.decomposition import PCA
 from sklearn.utils.estimator_checks import check_estimator
 
-from diffaugkit import data
-from diffaugkit.data import (
-    BackedRows,
-    DenseRows,
-    MappedRows,
-    PrincipalComponents,
-    Rows,
-    SparseRows,
-    check_X,
-    looks_like_counts,
-    principal_components,
-)
+from diffaugkit import decomposition
+from diffaugkit.data import check_X, looks_like_counts
+from diffaugkit.decomposition import PrincipalComponents, principal_components
+from diffaugkit.rows import BackedRows, DenseRows, MappedRows, Rows, SparseRows
 
 N, D = 60, 7
 NAMES = np.array([f"gene{i}" for i in range(D)])
@@ -484,7 +477,7 @@ def _spectrum(n, d, rank, seed=0):
 def test_principal_components_equal_scikit_learn(n, d, kind, tmp_path, monkeypatch):
     X = _spectrum(n, d, rank=20)
     if "krylov" in kind:
-        monkeypatch.setattr(data, "_EXACT_PCA_LIMIT", 10)
+        monkeypatch.setattr(decomposition, "_EXACT_PCA_LIMIT", 10)
     if kind == "backed":
         ad.AnnData(X).write_h5ad(tmp_path / "a.h5ad")
         rows = check_X(PCA(), ad.read_h5ad(tmp_path / "a.h5ad", backed="r"), reset=True)
@@ -529,9 +522,9 @@ def test_principal_components_are_computed_once(monkeypatch):
     X = _spectrum(300, 80, rank=60)
     rows = DenseRows(X)
     calls = []
-    compute = data._covariance_components
+    compute = decomposition._covariance_components
     monkeypatch.setattr(
-        data, "_covariance_components", lambda *args: calls.append(args) or compute(*args)
+        decomposition, "_covariance_components", lambda *args: calls.append(args) or compute(*args)
     )
     few, many = principal_components(rows, 20), principal_components(rows, 50)
     assert isinstance(few, PrincipalComponents)
@@ -563,7 +556,7 @@ def test_principal_components_are_computed_once(monkeypatch):
 def test_principal_components_are_reproducible(monkeypatch):
     X = _spectrum(300, 20, rank=6)
     rows = DenseRows(X)
-    monkeypatch.setattr(data, "_EXACT_PCA_LIMIT", 10)
+    monkeypatch.setattr(decomposition, "_EXACT_PCA_LIMIT", 10)
     first, second = (principal_components(DenseRows(X), 5, random_state=3) for _ in range(2))
     np.testing.assert_array_equal(first.components, second.components)
     assert principal_components(rows, 20, random_state=3) is principal_components(
@@ -580,10 +573,10 @@ def test_krylov_components_of_a_slow_spectrum(kind, monkeypatch):
     rng = np.random.default_rng(0)
     X = rng.normal(size=(400, 20)) * np.geomspace(5, 1.5, 20) @ rng.normal(size=(20, 300)) / 10
     X = (X + rng.normal(size=(400, 300)) * 0.7 + 3).astype(np.float32)
-    monkeypatch.setattr(data, "_EXACT_PCA_LIMIT", 10)
-    monkeypatch.setattr(data, "_ONE_PASS_PCA_LIMIT", 10)
+    monkeypatch.setattr(decomposition, "_EXACT_PCA_LIMIT", 10)
+    monkeypatch.setattr(decomposition, "_ONE_PASS_PCA_LIMIT", 10)
     if kind == "dense, in blocks":
-        monkeypatch.setattr(data, "_CENTRED_VALUES", 0)
+        monkeypatch.setattr(decomposition, "_CENTRED_VALUES", 0)
     rows = SparseRows(sp.csr_array(X)) if kind == "sparse" else DenseRows(X)
     if kind == "lazy":
         rows = MappedRows(rows, lambda batch: batch, 300)
@@ -604,7 +597,7 @@ def test_krylov_components_of_a_slow_spectrum(kind, monkeypatch):
 def test_scores_file_is_removed(tmp_path):
     rows = check_X(PCA(), _backed(_spectrum(50, D, rank=5), tmp_path), reset=True)
     scores = principal_components(rows, D).transform(rows)
-    path = data.Path(scores._path)
+    path = Path(scores._path)
     assert path.stat().st_size == 50 * D * 4
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(scores)

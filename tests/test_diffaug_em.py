@@ -14,8 +14,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import diffaugkit
 from diffaugkit import DiffAugEM, EmbeddingConditionedDiffusion, SelfSupervisedEncoder
-from diffaugkit.data import BackedRows
 from diffaugkit.metrics import knn_accuracy
+from diffaugkit.rows import BackedRows
 
 CONDITIONS = ("embedding", "projection", "supervised", "random")
 
@@ -195,7 +195,7 @@ def test_joint_training(blobs, schedule, tmp_path):
         assert part.n_features_in_ == 20
         assert list(part.feature_names_in_) == [str(i) for i in range(20)]
     # Rows to draw from: embeddings of the encoder as it is at the end.
-    y = model.encoder_._embed(model.encoder_._network_input(diffaugkit.data.DenseRows(X)))[0]
+    y = model.encoder_._embed(model.encoder_._network_input(diffaugkit.rows.DenseRows(X)))[0]
     np.testing.assert_array_equal(model.diffusion_._pool, y)
     frame = pd.DataFrame(X).rename(columns=str)
     model.save(tmp_path / "model")

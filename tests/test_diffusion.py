@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffaugkit.denoisers import MLPDenoiser
 from diffaugkit.diffusion import (
     BETA_SCHEDULES,
     PREDICTION_TYPES,
@@ -20,7 +21,6 @@ from diffaugkit.diffusion import (
     row_noise,
     sample_in_batches,
 )
-from diffaugkit.networks import MLPDenoiser
 
 schedules = pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
 predictions = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

@@ -14,10 +14,10 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from diffaugkit import EmbeddingConditionedDiffusion, SelfSupervisedEncoder
 from diffaugkit import embedding_diffusion as diffusion_file
-from diffaugkit.data import DenseRows
 from diffaugkit.diffusion import BETA_SCHEDULES, PREDICTION_TYPES, SAMPLERS, WEIGHTINGS
 from diffaugkit.embedding_diffusion import interpolate_rows
 from diffaugkit.metrics import frechet_distance, spread_ratio
+from diffaugkit.rows import DenseRows
 
 ENCODER = {"hidden_sizes": (16,), "n_components": 4, "n_pcs": 6, "max_epochs": 2}
 TINY = {"width": 16, "n_blocks": 1, "n_pcs": 6, "n_sampling_steps": 3, "max_epochs": 2}

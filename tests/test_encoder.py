@@ -13,8 +13,8 @@ from sklearn.model_selection import GridSearchCV
 
 from diffaugkit import SelfSupervisedEncoder
 from diffaugkit import encoder as encoder_file
-from diffaugkit.data import DenseRows
 from diffaugkit.metrics import kmeans_scores, knn_accuracy
+from diffaugkit.rows import DenseRows
 
 TINY = {"hidden_sizes": (16,), "n_components": 5, "n_pcs": 6, "max_epochs": 2, "random_state": 0}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffaugkit.networks import DENOISERS, DiffAugDenoiser, MLPDenoiser, sinusoidal_embedding
+from diffaugkit.denoisers import DENOISERS, DiffAugDenoiser, MLPDenoiser, sinusoidal_embedding
 
 
 def make(name, n_features=7, n_condition=3, **kwargs):

@@ -18,8 +18,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator, check_param_validation
 
-from diffaugkit.data import MappedRows
 from diffaugkit.preprocessing import CellPreprocessor
+from diffaugkit.rows import MappedRows
 
 sc = pytest.importorskip("scanpy")
 
@@ -226,7 +226,7 @@ def test_blocks_do_not_matter(counts, monkeypatch):
     for normalization in NORMALIZATIONS:
         model = CellPreprocessor(normalization, n_top_genes=30)
         whole = clone(model).fit(counts)
-        monkeypatch.setattr("diffaugkit.data._BLOCK_VALUES", 1)  # 64 cells a block
+        monkeypatch.setattr("diffaugkit.rows._BLOCK_VALUES", 1)  # 64 cells a block
         pieces = clone(model).fit(counts)
         monkeypatch.undo()
         np.testing.assert_array_equal(whole.genes_, pieces.genes_)

@@ -509,7 +509,7 @@ def test_blocks_of_the_disk_are_read_once():
 
 
 def test_rows_of_the_gate():
-    data = pytest.importorskip("diffaugkit.data")
+    data = pytest.importorskip("diffaugkit.rows")
     import scipy.sparse as sp
 
     X = np.random.default_rng(0).poisson(0.5, (20, 4)).astype(np.float32)

@@ -20,8 +20,8 @@ from _common import Results, markdown
 from sklearn.datasets import load_digits, make_blobs
 
 from diffaugkit import EmbeddingConditionedDiffusion, SelfSupervisedEncoder
-from diffaugkit.data import DenseRows
 from diffaugkit.metrics import linear_svm_accuracy
+from diffaugkit.rows import DenseRows
 
 
 def data(name):
