@@ -2,8 +2,10 @@
 
 Reading order of the files, each of which imports only from those before it:
 
-losses, metrics, rows, data, decomposition, augmentations, networks, denoisers, diffusion,
-persistence, training, base, preprocessing, encoder, embedding_diffusion, diffaug_em, plotting.
+losses, arrays, metrics, rows, image_rows, image_files, image_inputs, data, datasets,
+decomposition, augmentations, networks, objectives, denoisers, diffusion, persistence, training,
+base, preprocessing, autoencoder, encoder_fits, encoder, spaces, embedding_diffusion, diffaug_em, image_store,
+gen_sis, image_plotting, plotting.
 """
 
 import importlib
@@ -11,10 +13,15 @@ import importlib
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "AttentionDisplay": "plotting",
     "CellPreprocessor": "preprocessing",
     "DiffAugEM": "diffaug_em",
     "EmbeddingConditionedDiffusion": "embedding_diffusion",
     "EmbeddingDisplay": "plotting",
+    "GenSIS": "gen_sis",
+    "InterpolationDisplay": "plotting",
+    "LatentAutoencoder": "autoencoder",
+    "SampleGridDisplay": "plotting",
     "SelfSupervisedEncoder": "encoder",
     "SimilarityHistogramDisplay": "plotting",
     "TrainingCurveDisplay": "plotting",
@@ -23,7 +30,7 @@ _HOMES = {
 }
 _MODULES = {"datasets", "metrics", "plotting"}
 
-__all__ = sorted([*_HOMES, "metrics", "plotting"])
+__all__ = sorted([*_HOMES, *_MODULES])
 
 
 def __getattr__(name):

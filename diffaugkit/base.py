@@ -182,7 +182,8 @@ class TorchEstimator(BaseEstimator):
 
     def __sklearn_tags__(self):  # noqa: D105
         tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
+        # Rows of pixels are dense.
+        tags.input_tags.sparse = getattr(self, "image_shape", None) is None
         return tags
 
 

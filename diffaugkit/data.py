@@ -1,5 +1,8 @@
 """The one gate for input: whatever ``X`` was, after :func:`check_X` there are only ``Rows``."""
 
+import copy
+import math
+import os
 import warnings
 
 import numpy as np
@@ -7,9 +10,14 @@ import scipy.sparse as sp
 from sklearn.utils import assert_all_finite
 from sklearn.utils.validation import check_array, check_non_negative, validate_data
 
+from diffaugkit.image_inputs import is_a, reading_range, rows_of_images
+from diffaugkit.image_rows import ImageRows, resolve_image_shape
 from diffaugkit.rows import BackedRows, DenseRows, Rows, SparseRows
 
 __all__ = ["check_X", "looks_like_counts", "sample_range"]
+
+# What an estimator that takes images keeps of those that it was fitted on.
+_OF_IMAGES = ("image_shape_", "_pixel_range", "_layout")
 
 
 def check_X(
@@ -22,21 +30,28 @@ def check_X(
     ensure_min_samples=1,
     ensure_min_features=1,
     ensure_non_negative=False,
+    images=False,
+    image_shape=None,
+    min_image_size=1,
 ):
-    """Check vectors of any container and turn them into :class:`Rows`.
+    """Check vectors or images of any container and turn them into :class:`Rows`.
 
-    Nothing is copied but a dense array whose dtype is not float32 (one float32 copy) and a sparse
-    one that is not CSR. The caller's object is never modified. Genes of an AnnData are aligned by
-    name to what the estimator was fitted with, surplus genes are ignored; a DataFrame must come
-    with the columns of ``fit`` in their order, as everywhere in scikit-learn.
+    Nothing is copied but a dense array whose dtype is not float32, nor uint8 for images (one
+    float32 copy), and a sparse one that is not CSR. The caller's object is never modified. Genes of
+    an AnnData are aligned by name to what the estimator was fitted with, surplus genes are ignored;
+    a DataFrame must come with the columns of ``fit`` in their order, as everywhere in scikit-learn.
 
     Parameters
     ----------
     estimator : estimator
         Gets ``n_features_in_`` and ``feature_names_in_`` if ``reset``, is compared with them if
-        not. It keeps both attributes when the check fails.
-    X : array-like, tensor, DataFrame, sparse matrix, AnnData or Rows of shape (n, d)
-        The samples. Rows were checked when they were made: only names and width are compared.
+        not. Where images are let in also ``image_shape_`` = (h, w, c), None for vectors,
+        ``_pixel_range`` and ``_layout``. It keeps its attributes when the check fails.
+    X : array-like, tensor, DataFrame, sparse matrix, AnnData or Rows of shape (n, d), or images
+        The samples. Rows were checked when they were made: only names and shape are compared.
+        Images are (n, h, w, c) arrays, (n, c, h, w) tensors, (n, h, w) greyscale, (n, h*w*c) with
+        `image_shape`, lists or arrays of PIL images or of paths, a folder, WebDataset shards
+        (``"name-{0000..0015}.tar"``), or a map-style Dataset.
     reset : bool
         True in ``fit``, False afterwards.
     layer : str or None, default=None
@@ -48,20 +63,37 @@ def check_X(
         Fewest rows and columns that the estimator can use.
     ensure_non_negative : bool, default=False
         Whether negative values are an error.
+    images : bool, default=False
+        Whether the estimator takes images, too.
+    image_shape : tuple of (int, int, int) or None, default=None
+        (h, w, c) of flattened images; one entry may be -1, which is worked out from the width. None
+        reads 2-D input as vectors.
+    min_image_size : int, default=1
+        Least height and width that the estimator can use, such as the size of a patch.
 
     Returns
     -------
-    Rows of shape (n, d)
-        Random access to the samples as float32.
+    Rows of shape (n, d) or (n, C, H, W)
+        Random access to the samples: vectors as float32, images as uint8 or float32. Their
+        ``pixel_range`` is the scale to read them with.
 
     Raises
     ------
     ValueError
         For NaN, infinity, an empty, one-dimensional or complex input, a wrong width, missing or
         repeated genes, columns that hold no numbers, raw counts or negative values where these
-        are refused.
+        are refused; for images that cannot be read, are too small, or differ from those of ``fit``
+        in size or in the scale of their pixels.
     TypeError
-        For a container that cannot be read row by row (Dask, sparse tensors).
+        For a container that cannot be read row by row (Dask, sparse tensors, streams).
+
+    Notes
+    -----
+    The scale of pixels after ``fit`` depends on the type of the data and on what was fitted, never
+    on the other images of a batch. uint8 is 0 to 255 wherever the estimator knows what black and
+    white are (fitted on uint8, or on floats within [0, 1] or [-1, 1]). Floats have the scale of the
+    floats of ``fit``, and lie in [0, 1] for an estimator that was fitted on uint8. All other
+    combinations are refused: a mistaken scale would show in the results only.
 
     Examples
     --------
@@ -72,7 +104,7 @@ def check_X(
     >>> rows.shape, rows[[2, 0]].tolist()
     ((3, 2), [[4.0, 5.0], [0.0, 1.0]])
     """
-    learned = ("n_features_in_", "feature_names_in_")
+    learned = ("n_features_in_", "feature_names_in_", *_OF_IMAGES)
     before = {name: vars(estimator)[name] for name in learned if name in vars(estimator)}
     limits = {
         "ensure_min_samples": ensure_min_samples,
@@ -80,11 +112,18 @@ def check_X(
         "ensure_non_negative": ensure_non_negative,
     }
     try:
+        if not images:
+            _refuse_images(estimator, X)
+        else:
+            rows = _image_rows(estimator, X, reset, image_shape)
+            if rows is not None:
+                return _check_images(estimator, rows, reset, limits, min_image_size)
+            _check_vectors_for_images(estimator, X, reset)
         if isinstance(X, Rows):
             _check_names_of_rows(estimator, X, reset)
             _check_limits(estimator, X, **limits)
             return X
-        if _is_a(X, "anndata", "AnnData"):
+        if is_a(X, "anndata", "AnnData"):
             rows = _check_anndata(estimator, X, reset, layer, limits)
         else:
             rows = _check_array(estimator, X, reset, limits)
@@ -152,14 +191,6 @@ def sample_range(rows):
     return low, high, bool(np.all(values == np.rint(values)))
 
 
-def _is_a(X, package, name):
-    """Whether X is an instance of package's class, without importing the package."""
-    return any(
-        base.__name__ == name and base.__module__.split(".")[0] == package
-        for base in type(X).__mro__
-    )
-
-
 def _names_frame(names):
     """Make a frame without rows: scikit-learn compares its columns, and nothing is read."""
     import pandas as pd
@@ -169,7 +200,7 @@ def _names_frame(names):
 
 def _set_names(estimator, rows_shape, names, reset):
     """Set or check width and names by scikit-learn's own rules and messages."""
-    stand_in = np.empty((0, rows_shape[1])) if names is None else _names_frame(names)
+    stand_in = np.empty((0, math.prod(rows_shape[1:]))) if names is None else _names_frame(names)
     validate_data(estimator, stand_in, reset=reset, skip_check_array=True)
 
 
@@ -179,11 +210,11 @@ def _check_names_of_rows(estimator, rows, reset):
         known = getattr(estimator, "feature_names_in_", None)
         if known is None or names is None:
             # Rows without names come from our own steps: no reason to warn.
-            width = getattr(estimator, "n_features_in_", rows.shape[1])
-            if rows.shape[1] != width:
+            width = getattr(estimator, "n_features_in_", rows.n_features)
+            if rows.n_features != width:
                 raise ValueError(
-                    f"X has {rows.shape[1]} features, but {type(estimator).__name__} is expecting "
-                    f"{width} features as input."
+                    f"X has {rows.n_features} features, but {type(estimator).__name__} is "
+                    f"expecting {width} features as input."
                 )
             return
     _set_names(estimator, rows.shape, names, reset)
@@ -194,7 +225,7 @@ def _check_limits(
 ):
     """Raise scikit-learn's own messages for Rows, which its checks cannot read."""
     name = type(estimator).__name__
-    counts = (len(rows), rows.shape[1])
+    counts = (len(rows), rows.n_features)
     least = (ensure_min_samples, ensure_min_features)
     for kind, count, minimum in zip(("sample", "feature"), counts, least, strict=True):
         if count < minimum:
@@ -207,7 +238,7 @@ def _check_limits(
             check_non_negative(block, f"X in {name}")
 
 
-def _checked(check, X, limits, **more):
+def _checked(check, X, limits, *, dtype=np.float32, **more):
     """Run a scikit-learn check with the dtype that costs least: sparse values stay as they are."""
     sparse = sp.issparse(X)
     if sparse and np.issubdtype(X.dtype, np.complexfloating):
@@ -217,7 +248,7 @@ def _checked(check, X, limits, **more):
         array = check(
             X,
             accept_sparse="csr",
-            dtype="numeric" if sparse else np.float32,
+            dtype="numeric" if sparse else dtype,
             **limits,
             **more,
         )
@@ -230,7 +261,15 @@ def _checked(check, X, limits, **more):
 
 def _check_array(estimator, X, reset, limits):
     """Arrays, tensors, sparse matrices and DataFrames: scikit-learn's check."""
-    if _is_a(X, "torch", "Tensor"):
+    array, names = _validated(estimator, X, reset, limits)
+    if sp.issparse(array):
+        return SparseRows(array, feature_names=names)
+    return DenseRows(array, feature_names=names)
+
+
+def _validated(estimator, X, reset, limits, **more):
+    """Array or CSR of two axes after scikit-learn's check, and the names of its columns."""
+    if is_a(X, "torch", "Tensor"):
         import torch
 
         if X.layout != torch.strided:
@@ -244,7 +283,7 @@ def _check_array(estimator, X, reset, limits):
         return validate_data(estimator, X, reset=reset, **options)
 
     try:
-        array = _checked(check, X, limits)
+        array = _checked(check, X, limits, **more)
     except (TypeError, ValueError) as error:
         columns = _columns_without_numbers(X)
         if not columns or not ("convert" in str(error) or isinstance(error, TypeError)):
@@ -254,14 +293,12 @@ def _check_array(estimator, X, reset, limits):
             "Drop or encode them, for example X.select_dtypes('number')."
         ) from error
     names = getattr(estimator, "feature_names_in_", None) if hasattr(X, "columns") else None
-    if sp.issparse(array):
-        return SparseRows(array, feature_names=names)
-    return DenseRows(array, feature_names=names)
+    return array, names
 
 
 def _columns_without_numbers(X):
     """Names of DataFrame columns with at least one value that is no number."""
-    if not _is_a(X, "pandas", "DataFrame"):
+    if not is_a(X, "pandas", "DataFrame"):
         return []
     import pandas as pd
 
@@ -358,12 +395,118 @@ def _check_backed(estimator, rows, limits):
     small = {key: value for key, value in limits.items() if key != "ensure_non_negative"}
     _check_limits(estimator, rows, **small)
     name = type(estimator).__name__
-    if np.issubdtype(rows.dtype, np.complexfloating) or rows.dtype.kind not in "biuf":
-        raise ValueError(f"The matrix on disk has dtype {rows.dtype}; real numbers are needed.")
-    signed = limits["ensure_non_negative"] and rows.dtype.kind in "if"
-    if rows.dtype.kind != "f" and not signed:
+    dtype = rows.stored_dtype
+    if np.issubdtype(dtype, np.complexfloating) or dtype.kind not in "biuf":
+        raise ValueError(f"The matrix on disk has dtype {dtype}; real numbers are needed.")
+    signed = limits["ensure_non_negative"] and dtype.kind in "if"
+    if dtype.kind != "f" and not signed:
         return
     for _, block in rows.blocks():
         assert_all_finite(block, estimator_name=name, input_name="X")
         if signed:
             check_non_negative(block, f"X in {name}")
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def _refuse_images(estimator, X):
+    """Say what to do where images are given to an estimator that takes vectors."""
+    shape = getattr(X, "shape", ())
+    if isinstance(X, str | os.PathLike) or (len(shape) in (3, 4) and not isinstance(X, Rows)):
+        given = f"Expected 2D array: X is {str(X)!r}"
+        if shape:
+            given = f"Found array with dim {len(shape)}: X has shape {tuple(shape)}"
+    elif isinstance(X, Rows) and X.is_image:
+        given = f"X holds images (n, c, h, w) = {X.shape}"
+    else:
+        return
+    name = type(estimator).__name__
+    raise ValueError(
+        f"{given}, but {name} takes vectors, of shape (n, d). For images, flatten them with "
+        "X.reshape(len(X), -1), or give the embeddings of a SelfSupervisedEncoder."
+    )
+
+
+def _image_rows(estimator, X, reset, image_shape):
+    """Turn any container of images into Rows; None where X holds vectors."""
+    known, layout = None, None
+    if not reset:
+        known = getattr(estimator, "image_shape_", None)
+        layout = getattr(estimator, "_layout", None)
+    rows = rows_of_images(X, known, layout)
+    if rows is not None:
+        if image_shape is not None and known is None:
+            resolve_image_shape(image_shape, rows.image_shape)
+        return rows
+    if isinstance(X, DenseRows) and image_shape is not None:
+        return ImageRows(np.asarray(X), image_shape=image_shape, feature_names=X.feature_names)
+    if image_shape is None:
+        return None
+    if sp.issparse(X) or isinstance(X, Rows) or is_a(X, "anndata", "AnnData"):
+        kind = "sparse" if sp.issparse(X) else f"of type {type(X).__name__}"
+        raise TypeError(
+            f"X is {kind}, but image_shape={image_shape!r} says that its rows are flattened "
+            "images: dense data is required. Give X.toarray(), or image_shape=None for vectors."
+        )
+    return _flattened_images(estimator, X, reset, image_shape)
+
+
+def _flattened_images(estimator, X, reset, image_shape):
+    """(n, h*w*c): scikit-learn's own check, then the shape."""
+    # Finiteness is looked at where the row is known.
+    array, names = _validated(
+        estimator, X, reset, {}, dtype=[np.float32, np.uint8, np.uint16], ensure_all_finite=False
+    )
+    if not reset and getattr(estimator, "image_shape_", None) is not None:
+        image_shape = estimator.image_shape_
+    return ImageRows(array, image_shape=image_shape, feature_names=names)
+
+
+def _check_vectors_for_images(estimator, X, reset):
+    """Vectors, for an estimator that takes images too."""
+    if reset:
+        for name in _OF_IMAGES:
+            setattr(estimator, name, None)
+        return
+    known = getattr(estimator, "image_shape_", None)
+    if known is not None:
+        shape = getattr(X, "shape", None)
+        raise ValueError(
+            f"X{'' if shape is None else f' of shape {tuple(shape)}'} holds vectors, but "
+            f"{type(estimator).__name__} was fitted on images (h, w, c) = {tuple(known)}. Give "
+            "images, or set image_shape for flattened ones."
+        )
+
+
+def _check_images(estimator, rows, reset, limits, min_image_size):
+    """Compare images with those of ``fit``, or learn from them what to compare with."""
+    name, shape = type(estimator).__name__, rows.image_shape
+    known = getattr(estimator, "image_shape_", None)
+    if not reset and known is None and hasattr(estimator, "n_features_in_"):
+        raise ValueError(
+            f"X holds images (h, w, c) = {shape}, but {name} was fitted on vectors of "
+            f"{estimator.n_features_in_} features."
+        )
+    if not reset and known is not None and tuple(known) != shape:
+        raise ValueError(
+            f"X holds images (h, w, c) = {shape}, but {name} was fitted on {tuple(known)}. Resize "
+            "or convert them."
+        )
+    _check_limits(estimator, rows, **limits)
+    if min(shape[:2]) < min_image_size:
+        raise ValueError(
+            f"X holds images of {shape[0]} x {shape[1]} pixels, but {name} needs at least "
+            f"{min_image_size} x {min_image_size} (a patch). Resize them, or choose smaller "
+            "patches."
+        )
+    _check_names_of_rows(estimator, rows, reset)
+    if reset:
+        estimator.image_shape_ = shape
+        estimator._pixel_range, estimator._layout = rows.pixel_range, rows.layout
+        return rows
+    scale = reading_range(name, rows, getattr(estimator, "_pixel_range", None))
+    if scale != rows.pixel_range:
+        rows = copy.copy(rows)  # the caller's keep their own
+        rows.pixel_range = scale
+    return rows

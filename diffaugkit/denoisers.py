@@ -4,20 +4,31 @@ Every denoiser keeps one contract, so that nobody else needs to know which one i
 
     denoiser(x_t, t, cond=None, drop=None) -> prediction
 
-    x_t         (B, D) float    noised sample
+    x_t         (B, D) float    noised sample; of images (B, C, H, W)
     t           (B,)   int64    timestep, 0 (nearly clean) to n_timesteps - 1 (nearly noise)
-    cond        (B, E) float    condition, or None: every row gets the learned null condition
+    cond        (B, E) float    condition, or None: every row gets the learned null condition;
+                                `UNetDenoiser` also takes tokens (B, L, E)
     drop        (B,)   bool     rows whose condition is replaced by the null one
-    prediction  (B, D) float    noise, velocity or sample, as the training target says
+    prediction  like x_t        noise, velocity or sample, as the training target says
 """
 
+import contextlib
 import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["DENOISERS", "DiffAugDenoiser", "MLPDenoiser", "sinusoidal_embedding"]
+__all__ = [
+    "DENOISERS",
+    "AttentionMaps",
+    "DiffAugDenoiser",
+    "MLPDenoiser",
+    "UNetDenoiser",
+    "record_attention",
+    "sinusoidal_embedding",
+    "unet_size",
+]
 
 
 def sinusoidal_embedding(t, n_dims, max_period=10_000.0):
@@ -270,6 +281,300 @@ class _DiffAugBlock(nn.Module):
             h = F.layer_norm(F.leaky_relu(h), h.shape[-1:])
         h = F.leaky_relu(self.hidden(h))
         return self.output(F.layer_norm(h, h.shape[-1:]))
+
+
+class UNetDenoiser(nn.Module):
+    """U-Net of diffusers for images, conditioned on global tokens.
+
+    Each token of the condition (a CLS token, a pooled embedding, registers) is L2-normalised and
+    goes through one trained linear map; the U-Net attends to the results (Rombach et al. 2022,
+    section 3.3), and their mean is added to the embedding of the timestep, which scales and shifts
+    every residual block: so the condition reaches levels without attention, too. Unconditional
+    models have no cross-attention at all.
+
+    The last convolution and the last layer of each residual branch start at zero: the untrained
+    network predicts zero. Images of any height and width are padded with zeros at the bottom and on
+    the right, and the prediction is cropped.
+
+    Parameters
+    ----------
+    n_channels : int
+        Channels C of a sample.
+    n_condition : int, default=0
+        Width E of a token; 0 makes an unconditional network.
+    block_out_channels : tuple of int, default=(64, 128, 128)
+        Width of each level; each level but the last halves height and width.
+    layers_per_block : int, default=1
+        Residual blocks per level on the way down (one more on the way up).
+    n_attention_levels : int, default=1
+        Lowest levels with self-attention, which the middle block always has. Its cost grows with
+        the square of the number of pixels.
+    n_token_features : int or None, default=None
+        Width of the projected tokens; None takes twice the widest level's, at most 512.
+    normalize : bool, default=True
+        L2-normalise each token, to the length sqrt(E). False for conditions of a few dimensions, of
+        which a direction would keep too little.
+
+    Raises
+    ------
+    ValueError
+        In `forward`, if `x_t` or `cond` has the wrong shape.
+
+    Notes
+    -----
+    The released latent-diffusion code (PAPERS 000.2) drops a condition by setting the embedding to
+    zero, which makes the null token the bias of the projection. Here it is a learned parameter of
+    its own.
+
+    Measured on 14 x 14 MNIST digits under 16 components (two levels, 250 steps, held-out loss; two
+    seeds differ by 0.003): tokens alone 0.144, tokens and their mean 0.132, with scale and shift in
+    the residual blocks 0.127 and 0.130, the mean alone 0.149.
+
+    Examples
+    --------
+    >>> import torch
+    >>> denoiser = UNetDenoiser(n_channels=1, n_condition=6, block_out_channels=(8, 16))
+    >>> x_t, t = torch.randn(3, 1, 9, 7), torch.tensor([0, 10, 999])
+    >>> denoiser(x_t, t, torch.randn(3, 6)).shape, denoiser(x_t, t, torch.randn(3, 5, 6)).shape
+    (torch.Size([3, 1, 9, 7]), torch.Size([3, 1, 9, 7]))
+    """
+
+    def __init__(
+        self,
+        n_channels,
+        n_condition=0,
+        block_out_channels=(64, 128, 128),
+        layers_per_block=1,
+        n_attention_levels=1,
+        n_token_features=None,
+        normalize=True,
+    ):
+        super().__init__()
+        widths = tuple(block_out_channels)
+        self.n_channels, self.n_condition, self.normalize = n_channels, n_condition, normalize
+        self.multiple = 2 ** (len(widths) - 1)
+        n_attention_levels = min(n_attention_levels, len(widths))
+        attends = [level >= len(widths) - n_attention_levels for level in range(len(widths))]
+        # Groups of at least four channels, at most the usual 32 of them.
+        groups = max(n for n in (1, 2, 4, 8, 16, 32) if math.gcd(*widths) % (n * min(4, n)) == 0)
+        settings = {
+            "in_channels": n_channels,
+            "out_channels": n_channels,
+            "block_out_channels": widths,
+            "layers_per_block": layers_per_block,
+            "norm_num_groups": groups,
+            "resnet_time_scale_shift": "scale_shift",
+        }
+        if n_condition:
+            from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+            n_tokens = n_token_features or min(512, 2 * max(widths))
+            self.token = nn.Linear(n_condition, n_tokens)
+            self.null_token = nn.Parameter(torch.zeros(n_tokens))
+            self.unet = UNet2DConditionModel(
+                down_block_types=_kinds("{}DownBlock2D", "CrossAttn", attends),
+                up_block_types=_kinds("{}UpBlock2D", "CrossAttn", attends[::-1]),
+                cross_attention_dim=n_tokens,
+                # Whatever its name says, diffusers takes the number of heads here.
+                attention_head_dim=tuple(max(1, width // _HEAD_WIDTH) for width in widths),
+                class_embed_type="projection",
+                projection_class_embeddings_input_dim=n_tokens,
+                **settings,
+            )
+        else:
+            from diffusers.models.unets.unet_2d import UNet2DModel
+
+            self.unet = UNet2DModel(
+                down_block_types=_kinds("{}DownBlock2D", "Attn", attends),
+                up_block_types=_kinds("{}UpBlock2D", "Attn", attends[::-1]),
+                attention_head_dim=min(_HEAD_WIDTH, math.gcd(*widths)),
+                **settings,
+            )
+        _start_at_zero(self.unet)
+
+    def forward(self, x_t, t, cond=None, drop=None):
+        """Predict noise, velocity or sample; shapes as in the module's contract."""
+        tokens = self._tokens(x_t, cond, drop)
+        height, width = x_t.shape[2:]
+        x = F.pad(x_t, (0, -width % self.multiple, 0, -height % self.multiple))
+        # Channels last is what GPUs multiply fastest; on a CPU it was measured slower in bf16.
+        plain, last = torch.contiguous_format, torch.channels_last
+        x = x.contiguous(memory_format=last if x.is_cuda else plain)
+        if tokens is None:
+            out = self.unet(x, t, return_dict=False)[0]
+        else:
+            out = self.unet(x, t, tokens, class_labels=tokens.mean(dim=1), return_dict=False)[0]
+        return out[:, :, :height, :width]
+
+    def _tokens(self, x_t, cond, drop):
+        """Projected tokens of every row (B, L, K), the null one where dropped."""
+        if x_t.ndim != 4 or x_t.shape[1] != self.n_channels:
+            raise ValueError(
+                f"x_t has shape {tuple(x_t.shape)}, this denoiser takes (B, {self.n_channels}, H, "
+                "W)."
+            )
+        if not self.n_condition:
+            if cond is not None:
+                raise ValueError(
+                    "cond was given to a denoiser built with n_condition=0: pass cond=None, or "
+                    "build it with n_condition equal to the width of the condition."
+                )
+            return None
+        if cond is None:
+            return self.null_token.expand(len(x_t), 1, -1)
+        cond = cond[:, None] if cond.ndim == 2 else cond
+        if cond.ndim != 3 or len(cond) != len(x_t) or cond.shape[2] != self.n_condition:
+            raise ValueError(
+                f"cond has shape {tuple(cond.shape)}, expected {(len(x_t), self.n_condition)} or "
+                f"{(len(x_t), 'L', self.n_condition)}: one row, or L tokens, per row of x_t."
+            )
+        if self.normalize:
+            # To length sqrt(E) and not 1, so that the layer's usual start gives tokens of size 1.
+            cond = F.normalize(cond, dim=2) * math.sqrt(self.n_condition)
+        tokens = self.token(cond)
+        return tokens if drop is None else torch.where(drop[:, None, None], self.null_token, tokens)
+
+
+_HEAD_WIDTH = 32
+
+
+def _kinds(form, prefix, attends):
+    return tuple(form.format(prefix if attend else "") for attend in attends)
+
+
+def _start_at_zero(unet):
+    """Zero the last layer of the network and of each residual branch, as ADM and DiT do."""
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    last = [unet.conv_out]
+    for part in unet.modules():
+        if isinstance(part, ResnetBlock2D):
+            last.append(part.conv2)
+        elif isinstance(part, Transformer2DModel):
+            last.append(part.proj_out)
+        elif isinstance(part, Attention) and part.residual_connection:
+            last.append(part.to_out[0])
+    for layer in last:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def unet_size(image_shape):
+    """Widths, depth and attention levels of a U-Net that fits the size of the images.
+
+    Parameters
+    ----------
+    image_shape : tuple of (int, int, int)
+        Channels, height and width.
+
+    Returns
+    -------
+    dict
+        `block_out_channels`, `layers_per_block` and `n_attention_levels` of `UNetDenoiser`: small
+        networks, which two CPU cores train in minutes. A GPU affords several times the width.
+
+    Examples
+    --------
+    >>> unet_size((1, 28, 28))["block_out_channels"]
+    (32, 64, 64)
+    """
+    side = max(image_shape[1:])
+    levels = max(2, min(4, math.ceil(math.log2(side / 4))))
+    return {
+        "block_out_channels": (32, 64, 64, 128)[:levels],
+        "layers_per_block": 1,
+        "n_attention_levels": 1,
+    }
+
+
+class AttentionMaps:
+    """What `record_attention` has seen.
+
+    Attributes
+    ----------
+    self_attention : dict of (int, int) to list of Tensor (B, heads, N, N)
+        By resolution (rows, columns), N = rows * columns; one tensor per layer in the order of the
+        calls. Row i holds where position i looks to, and sums to 1.
+    cross_attention : dict of (int, int) to list of Tensor (B, heads, N, L)
+        The same to the tokens of the condition, where there is more than one.
+    """
+
+    def __init__(self):
+        self.self_attention, self.cross_attention = {}, {}
+
+
+@contextlib.contextmanager
+def record_attention(denoiser):
+    """Collect the attention maps of every call inside; what the denoiser returns is not changed.
+
+    The maps are computed beside the network's own fused attention, from the same queries and keys,
+    in float32. Each call adds its maps: take them out between calls to keep memory low.
+
+    Parameters
+    ----------
+    denoiser : UNetDenoiser
+        The network.
+
+    Yields
+    ------
+    maps : AttentionMaps
+
+    Raises
+    ------
+    TypeError
+        For a denoiser without attention.
+
+    Examples
+    --------
+    >>> import torch
+    >>> denoiser = UNetDenoiser(n_channels=1, block_out_channels=(8, 16))
+    >>> with record_attention(denoiser) as maps:
+    ...     _ = denoiser(torch.randn(2, 1, 8, 8), torch.tensor([300, 300]))
+    >>> [(size, found[0].shape) for size, found in maps.self_attention.items()]
+    [((4, 4), torch.Size([2, 2, 16, 16]))]
+    """
+    if not isinstance(denoiser, UNetDenoiser):
+        raise TypeError(f"{type(denoiser).__name__} has no attention to record: use UNetDenoiser.")
+    from diffusers.models.attention_processor import Attention
+
+    maps, size = AttentionMaps(), {}
+
+    def note_size(_, args):
+        size["height"], size["width"] = args[0].shape[2:]
+
+    def record(attention, args, kwargs):
+        hidden, tokens = args[0], kwargs.get("encoder_hidden_states")
+        if hidden.ndim == 4:
+            hidden = hidden.flatten(2).transpose(1, 2)
+        if attention.group_norm is not None:
+            hidden = attention.group_norm(hidden.transpose(1, 2)).transpose(1, 2)
+        n = hidden.shape[1]
+        stride = round(math.sqrt(size["height"] * size["width"] / n))
+        place = size["height"] // stride, size["width"] // stride
+        if tokens is None:
+            found, tokens = maps.self_attention, hidden
+        elif tokens.shape[1] > 1:
+            found = maps.cross_attention
+        else:
+            return
+        with torch.no_grad():
+            query, key = (
+                layer(rows).unflatten(2, (attention.heads, -1)).transpose(1, 2).float()
+                for layer, rows in ((attention.to_q, hidden), (attention.to_k, tokens))
+            )
+            with torch.autocast(hidden.device.type, enabled=False):
+                scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
+                found.setdefault(place, []).append(scores.softmax(dim=3))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(denoiser.unet.register_forward_pre_hook(note_size))
+        for part in denoiser.unet.modules():
+            if isinstance(part, Attention):
+                hook = part.register_forward_pre_hook(record, with_kwargs=True)
+                stack.enter_context(hook)
+        yield maps
 
 
 DENOISERS = {"mlp": MLPDenoiser, "diffaug": DiffAugDenoiser}

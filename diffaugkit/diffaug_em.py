@@ -41,13 +41,13 @@ from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion
 from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
 from diffaugkit.training import make_batches, mix_seed
 
-_PAPER_SCHEDULE = (330, 330, 340)
+_PAPER_SCHEDULE = {"vectors": (330, 330, 340), "images": (200, 400, 800)}
 
 
 class DiffAugEM(TorchTransformer):
     """Embed unlabelled samples with positives that a diffusion model generates from the embedding.
 
-    The main job of the library: from a table of cells, without labels, a high-dimensional embedding
+    The main job of the library: from a table of cells (or from images), without labels, a high-dimensional embedding
     for classifiers and neighbours, a two-dimensional map, and a generator of new cells. Training
     alternates E-steps (encoder) and M-steps (generator). The first E-step knows only hand-made
     views; the later ones replace a share of them by samples generated from each row's embedding.
@@ -61,23 +61,26 @@ class DiffAugEM(TorchTransformer):
         An :class:`~diffaugkit.EmbeddingConditionedDiffusion` to be cloned and fitted.
     schedule : "auto" or tuple of int, default="auto"
         Epochs of the phases E, M, E, M, E, ...: an odd number of phases. "auto" is the paper's
-        (330, 330, 340), or fewer where 1 000 batches a phase come sooner (from about 900 samples
-        on), but at least 10. An M-step of 0 epochs is left out: (330, 0, 340) is the encoder alone.
+        (330, 330, 340), for images (200, 400, 800), or fewer where 1 000 batches a phase come
+        sooner (for vectors from about 900 samples on), but at least 10. An M-step of 0 epochs is left out: (330, 0, 340) is the encoder alone.
     augmentation_prob : float, default=0.1
         lambda of the paper: share of second views that are generated.
     n_views : int, default=4
-        Generated views kept per sample; one is picked at random each time.
+        Generated views kept per sample; one is picked at random each time. Fewer are made where the
+        next E-step looks at fewer: `augmentation_prob` times its epochs, at least 1.
     condition : {"embedding", "projection", "supervised", "random"}, default="embedding"
         What the generator sees of a sample: its y, its z, its label (needs `y` in ``fit``; ablation
         A1 of the paper) or a random vector (A2).
     joint : bool, default=False
-        Train both networks in every phase, on the sum of both losses (ablation B4).
+        Train both networks in every phase, on the sum of both losses (ablation B4); for vectors.
+    image_shape : tuple of (int, int, int) or None, default=None
+        Height, width and channels of images given as rows of numbers.
     layer : str or None, default=None
         Layer of an AnnData to read instead of ``.X``.
-    batch_size : int, default=300
-        Of parts that are "auto"; the paper's.
-    learning_rate : float, default=2e-3
-        Of parts that are "auto".
+    batch_size : int or "auto", default="auto"
+        Of parts that are "auto"; "auto" is each part's own (300 for vectors, the paper's).
+    learning_rate : float or "auto", default="auto"
+        Of parts that are "auto"; "auto" is each part's own (2e-3 for vectors).
     device, precision, compile, random_state, verbose, checkpoint_dir, callbacks
         Common parameters, handed to both parts; see :class:`~diffaugkit.base.TorchEstimator`. Each
         phase keeps its checkpoints in a folder of its own below `checkpoint_dir`.
@@ -129,10 +132,13 @@ class DiffAugEM(TorchTransformer):
         "n_views": [Interval(Integral, 1, None, closed="left")],
         "condition": [StrOptions({"embedding", "projection", "supervised", "random"})],
         "joint": ["boolean"],
+        "image_shape": [tuple, list, None],
         "layer": [str, None],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
     }
 
-    _extra_state = ("_condition_seed",)
+    _extra_state = ("_condition_seed", "_pixel_range", "_layout")
 
     def __init__(
         self,
@@ -144,9 +150,10 @@ class DiffAugEM(TorchTransformer):
         n_views=4,
         condition="embedding",
         joint=False,
+        image_shape=None,
         layer=None,
-        batch_size=300,
-        learning_rate=2e-3,
+        batch_size="auto",
+        learning_rate="auto",
         device="auto",
         precision="auto",
         compile=False,
@@ -162,6 +169,7 @@ class DiffAugEM(TorchTransformer):
         self.n_views = n_views
         self.condition = condition
         self.joint = joint
+        self.image_shape = image_shape
         self.layer = layer
         self.batch_size = batch_size
         self.learning_rate = learning_rate
@@ -181,7 +189,8 @@ class DiffAugEM(TorchTransformer):
         Parameters
         ----------
         X : array-like, sparse matrix, DataFrame, AnnData or Rows of shape (n_samples, n_features)
-            Normalised values; raw counts are refused (put ``CellPreprocessor()`` in front).
+            Normalised values; raw counts are refused (put ``CellPreprocessor()`` in front). Or
+            images, see :func:`~diffaugkit.data.check_X`.
         y : array-like of shape (n_samples,) or None
             Labels, used with ``condition="supervised"`` only.
 
@@ -194,15 +203,9 @@ class DiffAugEM(TorchTransformer):
         ValueError
             For input that cannot be used, or a schedule that is no odd number of phases.
         """
-        rows = check_X(
-            self,
-            X,
-            reset=True,
-            layer=self.layer,
-            allow_counts=False,
-            ensure_min_samples=2,
-            ensure_min_features=2,
-        )
+        rows = self._check_input(X, reset=True, ensure_min_samples=2, ensure_min_features=2)
+        if rows.is_image and self.joint:
+            raise ValueError("joint=True is for vectors; images train by turns (joint=False).")
         seed = self._seed()
         labels = self._check_labels(y, len(rows))
         encoder = self._part(self.encoder, SelfSupervisedEncoder, seed, 0)
@@ -212,7 +215,7 @@ class DiffAugEM(TorchTransformer):
         self._check_frozen(encoder, diffusion)
         fitted, positives, history = None, None, []
 
-        schedule = self._schedule(encoder, len(rows))
+        schedule = self._schedule(encoder, len(rows), "images" if rows.is_image else "vectors")
         for number, epochs in enumerate(schedule):
             phase = "EM" if self.joint else "EM"[number % 2]
             if epochs == 0:
@@ -232,7 +235,8 @@ class DiffAugEM(TorchTransformer):
                 if phase == "M":
                     diffusion.fit(rows, None, embeddings=embeddings)
                 if number + 1 < len(schedule):
-                    views = diffusion._views(embeddings, self.n_views, mix_seed(seed, number))
+                    n_views = self._n_views(schedule[number + 1])
+                    views = diffusion._views(embeddings, n_views, mix_seed(seed, number))
                     positives = list(views)
             part = diffusion if phase == "M" else encoder
             if not isinstance(part, FrozenEstimator):
@@ -333,8 +337,11 @@ class DiffAugEM(TorchTransformer):
         if isinstance(part, FrozenEstimator):
             return part
         if part == "auto":
-            names = ("batch_size", "learning_rate", "layer")
-            part = default(**{k: getattr(self, k) for k in names})
+            names = ("batch_size", "learning_rate", "layer", "image_shape")
+            given = {name: getattr(self, name) for name in names}
+            if default is SelfSupervisedEncoder:
+                given["method"] = "scl"
+            part = default(**{name: value for name, value in given.items() if value != "auto"})
         if not isinstance(part, default):
             raise TypeError(
                 f"{type(part).__name__} cannot be trained by turns: give a {default.__name__}, or "
@@ -356,10 +363,11 @@ class DiffAugEM(TorchTransformer):
                 "The frozen diffusion is unconditional: it cannot generate views of a sample."
             )
 
-    def _schedule(self, encoder, n_samples):
+    def _schedule(self, encoder, n_samples, kind="vectors"):
         if self.schedule == "auto":
             steps = max(1, n_samples // min(getattr(encoder, "batch_size", 300), n_samples))
-            return tuple(auto_epochs("auto", steps, paper=epochs) for epochs in _PAPER_SCHEDULE)
+            paper = _PAPER_SCHEDULE[kind]
+            return tuple(auto_epochs("auto", steps, paper=epochs) for epochs in paper)
         schedule = tuple(self.schedule)
         whole = all(isinstance(epochs, Integral) and epochs >= 0 for epochs in schedule)
         if len(schedule) % 2 == 0 or not whole or schedule[0] == 0:
@@ -368,6 +376,10 @@ class DiffAugEM(TorchTransformer):
                 "epochs, for example (330, 330, 340); the first must be at least 1."
             )
         return schedule
+
+    def _n_views(self, epochs):
+        """As many views of a row as the next E-step can be expected to look at."""
+        return min(self.n_views, max(1, round(self.augmentation_prob * epochs)))
 
     def _set_phase(self, part, phase, number, n_phases, epochs, warm=None):
         if isinstance(part, FrozenEstimator):
@@ -405,7 +417,7 @@ class DiffAugEM(TorchTransformer):
             return encoder.project(rows)
         if self.condition == "supervised":
             return np.eye(len(labels[0]), dtype=np.float32)[labels[1]]
-        width = getattr(encoder, "n_components", 50)
+        width = encoder._n_features_out
         rng = np.random.default_rng(self._child_seed(seed, 2))
         return rng.standard_normal((len(rows), width), dtype=np.float32)
 
@@ -481,7 +493,18 @@ class DiffAugEM(TorchTransformer):
 
     def _check_rows(self, X):
         check_is_fitted(self, "encoder_")
-        return check_X(self, X, reset=False, layer=self.layer, allow_counts=False)
+        return self._check_input(X, reset=False)
+
+    def _check_input(self, X, **options):
+        return check_X(
+            self,
+            X,
+            layer=self.layer,
+            allow_counts=False,
+            images=True,
+            image_shape=self.image_shape,
+            **options,
+        )
 
     def _generator_condition(self, rows):
         if self.diffusion_ is None:

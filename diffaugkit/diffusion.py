@@ -39,8 +39,8 @@ class Diffusion(nn.Module):
     """Noise schedule with its training loss and its sampling loop; holds no weights.
 
     It never sees which network it trains: a denoiser is anything that keeps the contract of
-    `diffaugkit.denoisers`, on vectors (B, D) or images (B, C, H, W). Nothing is clipped: data do
-    not have to lie in [-1, 1], but should have a spread near 1.
+    `diffaugkit.denoisers`, on vectors (B, D) or images (B, C, H, W). Nothing is clipped unless
+    asked: data do not have to lie in [-1, 1], but should have a spread near 1.
 
     Parameters
     ----------
@@ -277,6 +277,7 @@ class Diffusion(nn.Module):
         x_start=None,
         strength=1.0,
         step_noise=None,
+        clip=None,
         progress=None,
     ):
         """Generate samples from noise, or noise given samples in part and denoise them again.
@@ -287,7 +288,7 @@ class Diffusion(nn.Module):
             `denoiser(x_t, t, cond, drop)`; a module is in evaluation mode meanwhile.
         noise : Tensor of shape (B, ...), float32
             Standard normal, see `RowNoise`. Its device is where everything runs.
-        cond : Tensor of shape (B, E), default=None
+        cond : Tensor of shape (B, E) or (B, L, E), default=None
             Conditions; None is the null condition.
         n_steps : int in [1, n_timesteps], default=50
             Denoising steps of a full run.
@@ -305,6 +306,9 @@ class Diffusion(nn.Module):
             How far `x_start` is noised: 0 returns it, 1 noises it to the last level.
         step_noise : callable, default=None
             `step_noise() -> Tensor like noise`, for the samplers that add noise: a `RowNoise`.
+        clip : float, default=None
+            Bound on the clean sample that each prediction stands for: 1 for pixels in [-1, 1].
+            Never for anything else: it ruins samples that have values beyond.
         progress : callable, default=None
             Called without arguments after each step, for instance `bar.update` of tqdm.
 
@@ -334,6 +338,8 @@ class Diffusion(nn.Module):
 
         scheduler = self._scheduler(sampler, timesteps)
         denoise = classifier_free(denoiser, guidance_scale)
+        if clip is not None:
+            denoise = self._clipped(denoise, clip)
         x, t = noise, torch.empty(len(noise), dtype=torch.int64, device=noise.device)
         if x_start is not None:
             x = self.add_noise(x_start, t.fill_(timesteps[0]), noise)
@@ -345,6 +351,24 @@ class Diffusion(nn.Module):
                 if progress is not None:
                     progress()
         return x
+
+    def _clipped(self, denoise, bound):
+        """Denoiser whose predictions stand for clean samples within the bound."""
+
+        def clipped(x_t, t, cond=None):
+            prediction = denoise(x_t, t, cond).float()
+            x0 = self.predict_x0(prediction, x_t, t)
+            excess = x0 - x0.clamp(-bound, bound)
+            if self.prediction_type == "sample":
+                return prediction - excess
+            # x_t stays what it is, so what x0 loses the noise gains. Written as a difference, which
+            # leaves a prediction without excess as it is, bit for bit.
+            signal, sigma = self._level(t, x_t.ndim)
+            if self.prediction_type == "epsilon":
+                return prediction + excess * (signal / sigma)
+            return prediction + excess / sigma
+
+        return clipped
 
     def _scheduler(self, sampler, timesteps):
         """Scheduler of diffusers over exactly these timesteps.

@@ -1,60 +1,162 @@
-"""Self-supervised encoder: views of a sample -> loss -> embedding.
+"""Self-supervised encoder: views of a sample -> network -> loss -> embedding.
 
-The E-step of DiffAug (Zang et al., arXiv 2309.07909): a soft contrastive loss on vectors, whose
-positives are mix-ups of nearest neighbours until a generator gives better ones. The encoder knows
-nothing of generators: their samples come in through ``fit(X, positives=...)``.
+Of vectors, the E-step of DiffAug (Zang et al., arXiv 2309.07909): a soft contrastive loss, whose
+positives are mix-ups of nearest neighbours until a generator gives better ones. Of images, DINO and
+its kin on random crops, and the third stage of Gen-SIS (Belagali, Yellapragada et al.), in which
+generated images are second views, and interpolated ones are told apart. The encoder knows nothing
+of generators: their samples come in through ``fit(X, positives=..., interpolations=...)``.
+
+One path for both: views (:mod:`~diffaugkit.augmentations`) x network
+(:mod:`~diffaugkit.networks`) x objective (:mod:`~diffaugkit.objectives`).
 
 ===========  ===================================================================
 paper        here
 ===========  ===================================================================
-x            a row of X, as scores on the first principal components
+x            an image, or a row of X as scores on the first principal components
 y            ``transform(X)``, high-dimensional embedding
 z            ``project(X)``, low-dimensional embedding, the map
 lambda       ``positives_prob``
 nu^y, nu^z   ``nu``, ``nu_projection``
+tau_s        ``student_temp``
+tau_t        ``teacher_temp``
 ===========  ===================================================================
 """
 
+import math
+import os
+import warnings
 from numbers import Integral, Real
 
-import numpy as np
 import torch
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from diffaugkit.augmentations import nearest_neighbors, neighbor_mixup
 from diffaugkit.base import Interval, StrOptions, TorchTransformer, _fit_context, all_or_nothing
 from diffaugkit.data import check_X
-from diffaugkit.decomposition import PrincipalComponents, principal_components
 from diffaugkit.diffusion import sample_in_batches
-from diffaugkit.losses import KERNELS, nt_xent, soft_contrastive, t_info_nce
-from diffaugkit.networks import EmbeddingMLP
-from diffaugkit.rows import DenseRows, MappedRows
-from diffaugkit.training import isolated_rng, make_batches
+from diffaugkit.encoder_fits import ImageFit as _ImageFit
+from diffaugkit.encoder_fits import VectorFit as _Fit
+from diffaugkit.encoder_fits import (
+    auto_epochs,
+    auto_queue,
+    has_map,
+    is_image,
+    linear_space,
+    project_rows,
+)
+from diffaugkit.image_rows import to_unit
+from diffaugkit.losses import KERNELS
+from diffaugkit.networks import (
+    FEATURES,
+    DINOHead,
+    EmbeddingMLP,
+    ImageEmbedder,
+    class_attention,
+    feature_width,
+    make_backbone,
+    mlp_head,
+    patch_tokens,
+)
+from diffaugkit.objectives import (
+    BYOLObjective,
+    CollapseWarning,
+    DINOObjective,
+    MoCoObjective,
+    Objective,
+    SimCLRObjective,
+    SimSiamObjective,
+    SoftContrastiveObjective,
+)
 
-_DEFAULT_NEIGHBORS = 30
+__all__ = ["SelfSupervisedEncoder", "auto_epochs", "linear_space", "project_rows"]
+
+_LEAST_SPREAD = 0.1
+_METHODS = ("auto", "scl", "simclr", "mocov2", "byol", "simsiam", "dino")
+# What few users change; DINO's values are those of its authors' code.
+_METHOD_OPTIONS = {
+    "bottleneck": 256,
+    "center_momentum": 0.9,
+    "drop_path": 0.1,
+    "frozen_epochs": 1,
+    "hidden": "auto",
+    "mix": "logits",
+    "n_last": 4,
+    "norm_hidden": "auto",
+    "norm_last": True,
+    "queue_size": "auto",
+    "warmup_share": 0.0,
+    "warmup_teacher_temp": 0.04,
+}
 
 
 class SelfSupervisedEncoder(TorchTransformer):
-    """Learn an embedding from unlabelled data by contrasting views of samples.
+    """Learn an embedding from unlabelled vectors or images by comparing views of samples.
 
-    Rows are first projected to their leading principal components (one common scale, not whitened:
-    measured on five cell sets to serve better than raw genes, in a quarter of the time). Two views
-    of each row, mix-ups with nearest neighbours or generated ones, then go through an MLP to a
-    high-dimensional embedding y and on to a low-dimensional z; the loss pulls the views of a row
-    together in z and holds the others apart, as far as y says that they differ, and in y itself.
+    Vectors are first projected to their leading principal components (one common scale, not
+    whitened: measured on five cell sets to serve better than raw genes, in a quarter of the time).
+    Two views of each row, mix-ups with nearest neighbours or generated ones, then go through an MLP
+    to a high-dimensional embedding y and on to a low-dimensional z; the loss pulls the views of a
+    row together in z and holds the others apart, as far as y says that they differ, and in y
+    itself. Images are cropped, flipped and recoloured at random, on the device, and go through a
+    convolutional network or a vision transformer.
 
     Parameters
     ----------
-    method : {"auto", "scl", "simclr"}, default="auto"
-        Loss. ``"scl"``, which is also ``"auto"``: the soft contrastive loss of DiffAug.
-        ``"simclr"``: InfoNCE on z (the ablation B3 of the paper).
-    backbone : {"auto", "mlp"}, default="auto"
-        Network for vectors: an MLP with BatchNorm.
-    n_components : int, default=50
-        Width of the embedding y.
+    method : {"auto", "scl", "simclr", "mocov2", "byol", "simsiam", "dino"}, default="auto"
+        What is learned from views: "auto" is ``"scl"`` for vectors and ``"dino"`` for images.
+        ``"scl"``: soft contrastive loss of DiffAug, with a map. ``"simclr"``: InfoNCE within a
+        batch (of vectors: on the map z, the ablation B3 of DiffAug). ``"mocov2"``: InfoNCE against
+        a queue. ``"byol"``, ``"simsiam"``: no negatives. ``"dino"``: self-distillation, whose
+        teacher is what embeds in the end; with the others it is the student.
+    backbone : str or nn.Module, default="auto"
+        Network for images: ``"small_resnet"`` (1.2 million weights, for 8 to 64 pixels),
+        ``"small_vit"`` (2.7 million; it has attention maps), a name of timm, or a module from
+        (B, C, H, W) to (B, F), of which a copy is trained. "auto" is "small_resnet", which learned
+        far more in a short fit on few images (DINO on 500 digits). For vectors "auto" is
+        ``"mlp"``, and there is no other.
+    n_components : int or "auto", default="auto"
+        Width of the embedding y. "auto" is 50 for vectors and the backbone's own width for images,
+        where an int adds a linear layer.
     n_projections : int, default=2
-        Width of the projection z.
+        Width of the projection z, of the methods that make a map.
+    image_shape : tuple of (int, int, int) or None, default=None
+        (height, width, channels) of flattened images, so that steps of scikit-learn compose; one
+        may be -1. Not needed for images that come as such.
+    augmentation : {"auto", "natural", "greyscale", "tissue"}, dict or callable, default="auto"
+        Recipe of the views, see :func:`~diffaugkit.augmentations.image_recipe`: "auto" is
+        "greyscale" for one channel and "natural" for others. ``"tissue"`` leaves the stain of H&E
+        alone. A dict changes values, as ``{"recipe": "natural", "flip": 0.0}``; a callable maps a
+        batch (B, C, H, W) in [-1, 1] to a view of it, drawing from torch's generators; an encoder
+        with one can be pickled, but not saved.
+    n_local_crops : int or "auto", default="auto"
+        Small crops beside the two global ones, of DINO on images. "auto" is the paper's 8, or 0
+        where they would not be smaller than the image (below 16 pixels) or the augmentation is a
+        callable.
+    features : {"auto", "cls", "pooled", "last_n"}, default="auto"
+        What of the backbone is the embedding: its own output ("auto"), the CLS token, the mean of
+        patch tokens or maps, or the CLS tokens of the last blocks side by side.
+    pretrained : str, path-like or None, default=None
+        Weights of the backbone to begin with: a local file (safetensors, or a state dict, which is
+        read without running code of it), or a tag of timm's, such as ``"dino"``; downloaded.
+    out_dim : int or "auto", default="auto"
+        Prototypes of DINO's head. "auto" is the power of two next to the number of samples, from
+        256 to the paper's 65 536, so that there are about as many prototypes as samples.
+    student_temp : float, default=0.1
+        Temperature of DINO's student.
+    teacher_temp : float, default=0.04
+        Temperature of DINO's teacher; a warm-up is among `method_options`.
+    momentum : float or "auto", default="auto"
+        Decay of the teacher's average at the start; it goes to 1 (with ``"mocov2"`` it stays).
+        "auto" is ``1 - 20 / steps``, at least 0.9, and at most the paper's: 0.996, or 0.999 with
+        ``"mocov2"``. Short fits have not the steps to wait for a slow teacher.
+    method_options : dict or None, default=None
+        What few change. DINO: ``"bottleneck"`` (256), ``"hidden"`` ("auto": `out_dim` within 256
+        to 2048), ``"norm_last"`` (True), ``"norm_hidden"``, BatchNorm in the head ("auto": where
+        `out_dim` is below 16 384; on 500 digits it decided between learning and collapse),
+        ``"center_momentum"`` (0.9), ``"warmup_teacher_temp"`` (0.04) and ``"warmup_share"`` (0.0,
+        of all steps), ``"frozen_epochs"`` of the prototypes (1), ``"drop_path"`` of the student
+        (0.1), ``"mix"`` ("logits", or "features": where interpolations mix the teacher). MoCo:
+        ``"queue_size"`` ("auto": the largest power of two up to half the samples, at most 65 536).
+        ``"n_last"`` (4), blocks of ``features="last_n"``.
     hidden_sizes : tuple of int, default=(256, 256)
         Hidden layers of the encoder, and again of the head from y to z. The released code has
         (500, 500) behind raw genes; behind principal components half of that was measured to give
@@ -92,38 +194,47 @@ class SelfSupervisedEncoder(TorchTransformer):
         a map of two dimensions. Ours, not the paper's, whose y learns through z alone (0): measured
         on five cell sets to add 0.4 points of linear SVM and 0.6 of k-NN on y and to leave the map
         as it is. Of ``method="scl"``.
-    temperature : float, default=0.5
-        Of ``method="simclr"``.
-    positives_prob : float, default=0.1
-        lambda: share of second views that are replaced by given `positives` (Bernoulli per sample).
-    weight_decay : float, default=1e-6
-        Of AdamW; the paper's.
+    temperature : float or "auto", default="auto"
+        Of ``"simclr"`` (0.5) and ``"mocov2"`` (0.2).
+    positives_prob : float or "auto", default="auto"
+        lambda: share of second views that come from given `positives` (Bernoulli per sample).
+        "auto" is DiffAug's 0.1 for vectors and Gen-SIS's 1.0 for images.
+    weight_decay : float or "auto", default="auto"
+        Of AdamW. "auto" is DiffAug's 1e-6 for vectors, and 0.04 for images, where DINO begins.
     warm_start : bool, default=False
         Go on from the weights and the principal components of the previous fit.
     layer : str or None, default=None
         Layer of an AnnData to read instead of ``.X``.
     max_epochs : int or "auto", default="auto"
-        Passes over the data. "auto" is 330, the paper's E-step, or as many as make 1 000 batches if
-        that is fewer, but at least 10: large data need fewer passes.
+        Passes over the data. "auto" is as many as make 1 000 batches, but at least 10 and at most
+        330, DiffAug's E-step: large data need fewer passes.
     batch_size : int, default=300
-        The paper's. Other rows of the batch are the negatives.
-    learning_rate : float, default=2e-3
-        Peak rate of AdamW with warm-up and cosine. The released code has 1e-3, the paper prints
-        1e-4, both for many more steps.
+        DiffAug's. Other rows of the batch are the negatives.
+    learning_rate : float or "auto", default="auto"
+        Peak rate of AdamW with warm-up and cosine. "auto" is 2e-3 for the MLP (DiffAug's code has
+        1e-3, its paper prints 1e-4, both for many more steps) and "small_resnet", and DINO's
+        5e-4 per 256 samples of a batch for other backbones.
     device, precision, compile, random_state, verbose, checkpoint_dir, callbacks
         Common parameters; see :class:`~diffaugkit.base.TorchEstimator`.
 
     Attributes
     ----------
-    module_ : EmbeddingMLP
+    module_ : EmbeddingMLP or ImageEmbedder
         The network, in evaluation mode.
-    mean_ : ndarray of shape (n_features,)
+    image_shape_ : tuple of (int, int, int) or None
+        Height, width and channels; None for vectors.
+    out_dim_ : int or None
+        Prototypes, of DINO.
+    mean_ : ndarray of shape (n_features,) or None
+        Of vectors, as the next two; None for images.
     components_ : ndarray of shape (n_pcs, n_features) or None
         Principal components in front of the network.
-    scale_ : float
+    scale_ : float or None
         Their common scale.
     history_ : DataFrame
-        One row per epoch: epoch, loss, learning_rate.
+        One row per epoch: epoch, loss, learning_rate, and as far as the method has them
+        feature_spread (1: embeddings fill the sphere, 0: they have collapsed), teacher_entropy (as
+        a share of the largest) and disentanglement.
     n_iter_ : int
         Epochs of the last fit.
     n_features_in_ : int
@@ -133,7 +244,9 @@ class SelfSupervisedEncoder(TorchTransformer):
     References
     ----------
     Zang et al., "Boosting Unsupervised Contrastive Learning Using Diffusion-Based Data Augmentation
-    From Scratch", arXiv 2309.07909.
+    From Scratch", arXiv 2309.07909. Belagali, Yellapragada et al., "Gen-SIS: Generative
+    Self-augmentation Improves Self-supervised Learning". Caron et al., "Emerging Properties in
+    Self-Supervised Vision Transformers", 2021.
 
     Examples
     --------
@@ -143,13 +256,21 @@ class SelfSupervisedEncoder(TorchTransformer):
     >>> encoder = SelfSupervisedEncoder(max_epochs=2, hidden_sizes=(16,), random_state=0).fit(X)
     >>> encoder.transform(X).shape, encoder.project(X).shape
     ((150, 50), (150, 2))
+
+    Images, here flattened ones of 8 x 8 pixels:
+
+    >>> from sklearn.datasets import load_digits
+    >>> X, _ = load_digits(return_X_y=True)
+    >>> encoder = SelfSupervisedEncoder("simclr", image_shape=(8, 8, 1), max_epochs=1)
+    >>> encoder.fit(X[:300]).transform(X[:5]).shape
+    (5, 128)
     """
 
     _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
         **TorchTransformer._parameter_constraints,
-        "method": [StrOptions({"auto", "scl", "simclr"})],
-        "backbone": [StrOptions({"auto", "mlp"})],
-        "n_components": [Interval(Integral, 1, None, closed="left")],
+        "method": [StrOptions(set(_METHODS))],
+        "backbone": [str, torch.nn.Module],
+        "n_components": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "n_projections": [Interval(Integral, 1, None, closed="left")],
         "hidden_sizes": [tuple, list],
         "skip": ["boolean"],
@@ -164,21 +285,43 @@ class SelfSupervisedEncoder(TorchTransformer):
         "repulsion": [Interval(Real, 0, None, closed="left")],
         "detach_target": ["boolean"],
         "embedding_weight": [Interval(Real, 0, None, closed="left")],
-        "temperature": [Interval(Real, 0, None, closed="neither")],
-        "positives_prob": [Interval(Real, 0, 1, closed="both")],
-        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "temperature": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
+        "positives_prob": [Interval(Real, 0, 1, closed="both"), StrOptions({"auto"})],
+        "weight_decay": [Interval(Real, 0, None, closed="left"), StrOptions({"auto"})],
         "warm_start": ["boolean"],
         "layer": [str, None],
         "max_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
+        "image_shape": [tuple, list, None],
+        "augmentation": [str, dict, callable],
+        "n_local_crops": [Interval(Integral, 0, None, closed="left"), StrOptions({"auto"})],
+        "features": [StrOptions(set(FEATURES))],
+        "pretrained": [str, os.PathLike, None],
+        "out_dim": [Interval(Integral, 2, None, closed="left"), StrOptions({"auto"})],
+        "student_temp": [Interval(Real, 0, None, closed="neither")],
+        "teacher_temp": [Interval(Real, 0, None, closed="neither")],
+        "momentum": [Interval(Real, 0, 1, closed="left"), StrOptions({"auto"})],
+        "method_options": [dict, None],
     }
+    _extra_state = ("_layout", "_n_embedding", "_pixel_range")
 
     def __init__(
         self,
         method="auto",
         backbone="auto",
         *,
-        n_components=50,
+        n_components="auto",
         n_projections=2,
+        image_shape=None,
+        augmentation="auto",
+        n_local_crops="auto",
+        features="auto",
+        pretrained=None,
+        out_dim="auto",
+        student_temp=0.1,
+        teacher_temp=0.04,
+        momentum="auto",
+        method_options=None,
         hidden_sizes=(256, 256),
         skip=True,
         n_pcs=20,
@@ -192,14 +335,14 @@ class SelfSupervisedEncoder(TorchTransformer):
         repulsion=1.0,
         detach_target=False,
         embedding_weight=3.0,
-        temperature=0.5,
-        positives_prob=0.1,
-        weight_decay=1e-6,
+        temperature="auto",
+        positives_prob="auto",
+        weight_decay="auto",
         warm_start=False,
         layer=None,
         max_epochs="auto",
         batch_size=300,
-        learning_rate=2e-3,
+        learning_rate="auto",
         device="auto",
         precision="auto",
         compile=False,
@@ -212,6 +355,16 @@ class SelfSupervisedEncoder(TorchTransformer):
         self.backbone = backbone
         self.n_components = n_components
         self.n_projections = n_projections
+        self.image_shape = image_shape
+        self.augmentation = augmentation
+        self.n_local_crops = n_local_crops
+        self.features = features
+        self.pretrained = pretrained
+        self.out_dim = out_dim
+        self.student_temp = student_temp
+        self.teacher_temp = teacher_temp
+        self.momentum = momentum
+        self.method_options = method_options
         self.hidden_sizes = hidden_sizes
         self.skip = skip
         self.n_pcs = n_pcs
@@ -243,18 +396,28 @@ class SelfSupervisedEncoder(TorchTransformer):
 
     @_fit_context(prefer_skip_nested_validation=True)
     @all_or_nothing
-    def fit(self, X, y=None, *, positives=None):
+    def fit(self, X, y=None, *, positives=None, interpolations=None, groups=None):
         """Learn the embedding.
 
         Parameters
         ----------
-        X : array-like, sparse matrix, DataFrame, AnnData or Rows of shape (n_samples, n_features)
-            Normalised values; raw counts are refused (put ``CellPreprocessor()`` in front).
+        X : vectors or images, n_samples of them
+            Vectors: array-like, sparse matrix, DataFrame, AnnData or Rows of shape
+            (n_samples, n_features), normalised; raw counts are refused (put ``CellPreprocessor()``
+            in front). Images: see :func:`~diffaugkit.data.check_X`.
         y : None
             Ignored.
-        positives : sequence of array-like, each of shape (n_samples, n_features), or None
-            Generated views: row i of each is another view of row i of `X`. One is drawn per sample
-            and step, with probability `positives_prob`.
+        positives : sequence of sets like `X`, each aligned with it, or None
+            Generated views: sample i of each is another view of sample i of `X`. One is drawn per
+            sample and step, and with probability `positives_prob` the second view of the sample is
+            a view of that one.
+        interpolations : tuple (images, partners, alphas), "pixels" or None
+            Of images with ``method="dino"``: the disentanglement of Gen-SIS. Image i lies between
+            images i and ``partners[i]`` of `X`, and ``alphas[i]`` in [0, 1] (or one number for all)
+            is the share of the first. "pixels" blends random pairs of `X` evenly instead, the
+            ablation of the paper's Table 11.
+        groups : array-like of shape (n_samples,) or None
+            Slide, patient or other origin of each image: partners must be of another group.
 
         Returns
         -------
@@ -264,21 +427,35 @@ class SelfSupervisedEncoder(TorchTransformer):
         ------
         ValueError
             For input that cannot be used, see :func:`~diffaugkit.data.check_X`, fewer samples than
-            neighbours, or positives of another shape.
+            neighbours, or positives or interpolations that do not go with `X`.
+
+        Warns
+        -----
+        CollapseWarning
+            If all samples end with nearly the same embedding.
         """
+        self._check_method_options()
         rows = self._check_fit_input(X)
-        state = self._prepare(rows, positives, seed=self._seed())
+        images = is_image(rows)
+        state = self._prepare(
+            rows, positives, interpolations=interpolations, groups=groups, seed=self._seed()
+        )
+        epochs = auto_epochs(self.max_epochs, state.batches.steps_per_epoch)
+        state.module.n_steps = epochs * state.batches.steps_per_epoch
         module, history = self._fit_loop(
             state.module,
             state.loss,
             state.batches,
             seed=state.seed,
-            max_epochs=auto_epochs(self.max_epochs, state.batches.steps_per_epoch),
-            weight_decay=self.weight_decay,
-            warmup=0.05,
-            grad_clip=5.0,
+            max_epochs=epochs,
+            weight_decay=self._weight_decay(images),
+            warmup=0.1 if images else 0.05,
+            grad_clip=3.0 if images else 5.0,
+            after_step=state.module.after_step,
         )
-        return self._set_fitted(state, module, history)
+        self._set_fitted(state, module, history)
+        _warn_of_collapse(history, self._method(images))
+        return self
 
     def transform(self, X):
         """Embed samples in y.
@@ -297,20 +474,75 @@ class SelfSupervisedEncoder(TorchTransformer):
         NotFittedError, ValueError
             Before ``fit``; for input that does not match it.
         """
-        return self._embed(self._check_rows(X))[0]
+        return self._run(self._check_rows(X), lambda x: self.module_.embed(x))
 
     def project(self, X):
-        """Embed samples in z, the low-dimensional map.
+        """Embed samples in z, the low-dimensional map, where the method makes one.
 
         Parameters
         ----------
-        X : as for ``fit``, of shape (n_samples, n_features)
+        X : as for ``fit``
 
         Returns
         -------
         ndarray of shape (n_samples, n_projections), float32
+
+        Raises
+        ------
+        AttributeError
+            If the method has no map: all but ``"scl"``, and ``"simclr"`` on vectors.
         """
-        return self._embed(self._check_rows(X))[1]
+        rows = self._check_rows(X)
+        method = self._method(self.image_shape_ is not None)
+        if not has_map(method, self.image_shape_):
+            raise AttributeError(
+                f"method={method!r} makes no low-dimensional map: use method='scl', or map the "
+                "result of transform() with PCA or t-SNE."
+            )
+        return self._embed(rows)[1]
+
+    def attention_maps(self, X, layer=-1):
+        """Attention of the CLS token to the patches, of a vision transformer.
+
+        Parameters
+        ----------
+        X : images as for ``fit``
+        layer : int, default=-1
+            Block, from the first (0) or the last (-1).
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_heads, h, w), float32
+            h and w in patches; non-negative, and at most 1 in sum for each head: the rest is the
+            attention of the token to itself.
+
+        Raises
+        ------
+        ValueError
+            If the backbone is no vision transformer, or has no such block.
+        """
+        inputs = self._check_images(X, "attention_maps")
+        return self._run(inputs, lambda x: class_attention(self.module_.backbone, x, layer))
+
+    def patch_tokens(self, X):
+        """Features of the patches, of a vision transformer.
+
+        Parameters
+        ----------
+        X : images as for ``fit``
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_patches, n_features), float32
+            Patches row by row.
+
+        Raises
+        ------
+        ValueError
+            If the backbone is no vision transformer.
+        """
+        inputs = self._check_images(X, "patch_tokens")
+        return self._run(inputs, lambda x: patch_tokens(self.module_.backbone, x))
 
     def score(self, X, y):
         """Cross-validated accuracy with which 10 nearest neighbours in y predict the labels.
@@ -338,6 +570,8 @@ class SelfSupervisedEncoder(TorchTransformer):
             X,
             reset=not self._goes_on(),
             layer=self.layer,
+            images=True,
+            image_shape=self.image_shape,
             allow_counts=False,
             ensure_min_samples=2,
             ensure_min_features=2,
@@ -346,181 +580,238 @@ class SelfSupervisedEncoder(TorchTransformer):
     def _goes_on(self):
         return self.warm_start and hasattr(self, "module_")
 
-    def _prepare(self, rows, positives, *, seed):
+    def _prepare(self, rows, positives, *, interpolations=None, groups=None, seed):
         """Everything a loop needs; nothing of it is kept on the estimator before the loop ends."""
-        return _Fit(self, rows, positives, seed)
+        kind = _ImageFit if is_image(rows) else _Fit
+        return kind(self, rows, positives, interpolations, groups, seed)
 
     def _set_fitted(self, state, module, history):
         import pandas as pd
 
-        self.mean_, self.components_, self.scale_ = state.space
-        self.module_ = module
+        vars(self).update(state.fitted)
+        self.module_ = module.embedder if isinstance(module, Objective) else module
         self.history_ = pd.DataFrame(history)
         self.n_iter_ = len(history)
         return self
 
-    def _build(self):
-        n_inputs = self.n_features_in_ if self.components_ is None else len(self.components_)
-        return self._make_module(n_inputs)
+    def _fit_loop(self, module, loss_fn, batches, **options):
+        options.setdefault("learning_rate", self._learning_rate(batches))
+        return super()._fit_loop(module, loss_fn, batches, **options)
 
-    def _make_module(self, n_inputs):
+    # ---- parameters that depend on the kind of data ----------------------------------------------
+
+    def _method(self, images):
+        if self.method != "auto":
+            return self.method
+        return "dino" if images else "scl"
+
+    def _weight_decay(self, images):
+        if self.weight_decay != "auto":
+            return self.weight_decay
+        return 0.04 if images else 1e-6
+
+    def _learning_rate(self, batches):
+        if self.learning_rate != "auto":
+            return self.learning_rate
+        small = isinstance(self.backbone, str) and self.backbone in ("auto", "mlp", "small_resnet")
+        return 2e-3 if small else 5e-4 * batches.batch_size / 256
+
+    def _option(self, name):
+        return {**_METHOD_OPTIONS, **(self.method_options or {})}[name]
+
+    def _check_method_options(self):
+        given = self.method_options or {}
+        if unknown := sorted(set(given) - set(_METHOD_OPTIONS)):
+            raise ValueError(
+                f"method_options has no {', '.join(map(repr, unknown))}; it takes "
+                f"{', '.join(_METHOD_OPTIONS)}."
+            )
+        if self._option("mix") not in ("logits", "features"):
+            raise ValueError(
+                f"method_options: mix={self._option('mix')!r} must be 'logits' or 'features'."
+            )
+
+    # ---- the network -----------------------------------------------------------------------------
+
+    def _build(self):
+        if self.image_shape_ is not None:
+            return self._make_image_network(self.image_shape_, self.out_dim_, load=False)
+        n_inputs = self.n_features_in_ if self.components_ is None else len(self.components_)
+        return self._make_network(n_inputs, self.out_dim_)
+
+    def _make_network(self, n_inputs, out_dim):
+        """Make the network for vectors."""
+        method = self._method(images=False)
+        width = 50 if self.n_components == "auto" else self.n_components
         return EmbeddingMLP(
             n_inputs,
-            self.n_components,
+            width,
             self.n_projections,
             hidden_sizes=tuple(self.hidden_sizes),
             skip=self.skip,
+            head=None if has_map(method, None) else self._make_head(method, width, out_dim),
         )
+
+    def _make_image_network(self, shape, out_dim, load=True):
+        method = self._method(images=True)
+        backbone = self.backbone
+        if isinstance(backbone, str) and backbone == "auto":
+            backbone = "small_resnet"
+        if isinstance(backbone, str) and backbone == "mlp":
+            raise ValueError(
+                "backbone='mlp' is for vectors; for images take 'auto', 'small_resnet', "
+                "'small_vit', a name of timm or a module. To treat images as vectors, give them as "
+                "a 2-D array without image_shape."
+            )
+        drop_path = self._option("drop_path") if method == "dino" else 0.0
+        backbone = make_backbone(
+            backbone, shape, pretrained=self.pretrained, drop_path=drop_path, load=load
+        )
+        n_last = self._option("n_last")
+        n_features = feature_width(backbone, shape, self.features, n_last)
+        n_components = None if self.n_components == "auto" else self.n_components
+        head = self._make_head(method, n_components or n_features, out_dim)
+        return ImageEmbedder(backbone, n_features, n_components, head, self.features, n_last)
+
+    def _make_head(self, method, width, out_dim):
+        """From the embedding to what the loss compares; sizes as in the papers, per its width."""
+        if method == "dino":
+            hidden, norm_hidden = self._option("hidden"), self._option("norm_hidden")
+            return DINOHead(
+                width,
+                out_dim,
+                min(2048, max(256, out_dim)) if hidden == "auto" else hidden,
+                self._option("bottleneck"),
+                self._option("norm_last"),
+                out_dim < 16384 if norm_hidden == "auto" else norm_hidden,
+            )
+        if method == "scl":
+            return mlp_head(width, 256, 256, self.n_projections)
+        if method == "byol":
+            return mlp_head(width, 2 * width, 256)
+        if method == "simsiam":
+            return mlp_head(width, 4 * width, 4 * width, 4 * width, norm_last=True)
+        return mlp_head(width, width, 128, norm_hidden=method == "simclr")
+
+    def _make_objective(self, network, images, out_dim, n_samples, steps_per_epoch):
+        """Make the method's loss, and what it keeps beside the network."""
+        method = self._method(images)
+        temperature = self.temperature
+        if temperature == "auto":
+            temperature = 0.2 if method == "mocov2" else 0.5
+        if method == "scl":
+            return SoftContrastiveObjective(
+                network,
+                self.embedding_weight,
+                nu=self.nu,
+                nu_low=self.nu_projection,
+                kernel=self.kernel,
+                beta=self.beta,
+                target=self.target,
+                contrast=self.contrast,
+                repulsion=self.repulsion,
+                detach_target=self.detach_target,
+            )
+        if method == "simclr":
+            return SimCLRObjective(network, temperature)
+        width = network.head[0].in_features if method != "dino" else None
+        if method == "simsiam":
+            return SimSiamObjective(network, 4 * width, width)
+        if method == "byol":
+            return BYOLObjective(network, 256, 2 * width, self.momentum)
+        if method == "mocov2":
+            size = self._option("queue_size")
+            size = auto_queue(n_samples) if size == "auto" else size
+            return MoCoObjective(network, 128, size, temperature, self.momentum)
+        return DINOObjective(
+            network,
+            out_dim,
+            self.student_temp,
+            self.teacher_temp,
+            self._option("warmup_teacher_temp"),
+            self._option("warmup_share"),
+            self._option("center_momentum"),
+            self.momentum,
+            round(self._option("frozen_epochs") * steps_per_epoch),
+            self._option("mix"),
+        )
+
+    # ---- embedding -------------------------------------------------------------------------------
 
     def _check_rows(self, X):
         check_is_fitted(self, "module_")
-        rows = check_X(self, X, reset=False, layer=self.layer, allow_counts=False)
+        rows = check_X(
+            self,
+            X,
+            reset=False,
+            layer=self.layer,
+            images=self.image_shape_ is not None,
+            image_shape=self.image_shape_,
+            allow_counts=False,
+        )
         return self._network_input(rows)
 
+    def _check_images(self, X, what):
+        check_is_fitted(self, "module_")
+        if self.image_shape_ is None:
+            raise ValueError(f"{what} is for images, but the encoder was fitted on vectors.")
+        return self._check_rows(X)
+
     def _network_input(self, rows):
+        if self.image_shape_ is not None:
+            return rows
         return project_rows(rows, self.mean_, self.components_, self.scale_)
 
     def _embed(self, inputs):
-        """Both embeddings of the network's input rows, in float32 and in padded batches."""
+        """Both embeddings of the network's input rows."""
+        both = self._run(inputs, lambda x: torch.cat(self.module_(x), dim=1))
+        width = self._n_features_out
+        return both[:, :width], both[:, width:]
+
+    def _run(self, inputs, fn):
+        """Apply a function of the network to its input rows, in float32 and in padded batches."""
         device = self._device()
-        module = self.module_.to(device).eval()
+        self.module_.to(device).eval()
+        size = 256
+        if self.image_shape_ is not None:
+            # A function of the size of an image only: rows give the same however many there are.
+            size = max(16, min(256, 2**22 // math.prod(self.image_shape_)))
 
         def run(index):
             with torch.no_grad():
-                return torch.cat(module(inputs[index].to(device)), dim=1).cpu()
+                x = inputs[index].to(device)
+                if self.image_shape_ is not None:
+                    x = to_unit(x, inputs.pixel_range)
+                return fn(x).float().cpu()
 
-        both = sample_in_batches(run, len(inputs)).numpy()
-        return both[:, : self.n_components], both[:, self.n_components :]
+        return sample_in_batches(run, len(inputs), size).numpy()
+
+    def __sklearn_tags__(self):  # noqa: D105
+        tags = super().__sklearn_tags__()
+        # With a shape, rows are images: those are dense.
+        tags.input_tags.sparse = self.image_shape is None
+        return tags
 
     @property
     def _n_features_out(self):
-        return self.n_components
+        if self.n_components != "auto":
+            return self.n_components
+        if self.image_shape_ is None:
+            return 50
+        return self._n_embedding
 
 
-class _Fit:
-    """Module, batches and loss of one fit of an encoder."""
-
-    def __init__(self, encoder, rows, positives, seed):
-        device = encoder._device()
-        self.encoder, self.seed = encoder, seed
-        going_on = encoder._goes_on()
-        if going_on:
-            self.space = encoder.mean_, encoder.components_, encoder.scale_
-        else:
-            self.space = _fit_space(rows, encoder.n_pcs)
-        n_inputs = rows.shape[1] if self.space[1] is None else len(self.space[1])
-        with isolated_rng(encoder._child_seed(seed, 0)):
-            self.module = encoder._make_module(n_inputs)
-        if going_on:
-            # A copy: a fit that fails must not leave half-trained weights.
-            _copy_weights(encoder.module_, self.module)
-        inputs = project_rows(rows, *self.space)
-        k = encoder.n_neighbors
-        if k == "auto":
-            k = min(_DEFAULT_NEIGHBORS, max(5, len(rows) // 10), len(rows) - 1)
-        # Neighbours depend on the directions alone, neither on the scale nor on the seed.
-        key = (k, None if self.space[1] is None else self.space[1].tobytes())
-        memo = rows._memo.get("neighbors")
-        if memo is None or memo[0] != key:
-            memo = rows._memo["neighbors"] = (key, nearest_neighbors(inputs, k))
-        views = _positive_views(positives, rows, self.space)
-        self.inputs = inputs.tensor.to(device) if inputs.resident else inputs
-        self.batches = make_batches(
-            inputs,
-            memo[1],
-            *views,
-            batch_size=encoder.batch_size,
-            seed=encoder._child_seed(seed, 1),
-            device=device,
-        )
-
-    def loss(self, x, neighbors, *generated):
-        encoder, n = self.encoder, len(x)
-        view_a = neighbor_mixup(x, neighbors, self.inputs)
-        view_b = neighbor_mixup(x, neighbors, self.inputs)
-        if generated:
-            pick = torch.randint(len(generated), (n, 1), device=x.device)
-            replace = torch.rand(n, 1, device=x.device) < encoder.positives_prob
-            for number, view in enumerate(generated):
-                view_b = torch.where(replace & (pick == number), view, view_b)
-        y, z = self.module(torch.cat([view_a, view_b]))
-        if encoder.method == "simclr":
-            return nt_xent(z[:n], z[n:], encoder.temperature)
-        loss = soft_contrastive(
-            y[:n],
-            z[:n],
-            y[n:],
-            z[n:],
-            nu=encoder.nu,
-            nu_low=encoder.nu_projection,
-            kernel=encoder.kernel,
-            beta=encoder.beta,
-            target=encoder.target,
-            contrast=encoder.contrast,
-            repulsion=encoder.repulsion,
-            detach_target=encoder.detach_target,
-        )
-        if encoder.embedding_weight:
-            loss = loss + encoder.embedding_weight * t_info_nce(y[:n], y[n:])
-        return loss
-
-
-def auto_epochs(max_epochs, steps_per_epoch, *, paper=330, most_steps=1_000):
-    """Epochs of a phase: the paper's, or as many as make `most_steps` batches, at least 10."""
-    if max_epochs != "auto":
-        return max_epochs
-    return max(10, min(paper, -(-most_steps // steps_per_epoch)))
-
-
-def _copy_weights(source, module):
-    try:
-        module.load_state_dict(source.state_dict())
-    except RuntimeError as error:
-        raise ValueError(
-            "warm_start=True goes on with the network of the previous fit, but parameters of its "
-            f"size were changed since. Restore them, or set warm_start=False. {error}"
-        ) from error
-
-
-def _fit_space(rows, n_pcs):
-    """Mean, components or None, and the one scale that gives the input unit variance on average."""
-    mean, components, std = linear_space(rows, n_pcs)
-    return mean, components, float(np.sqrt(np.mean(std**2))) or 1.0
-
-
-def linear_space(rows, n_pcs):
-    """Mean of the features, principal components and their standard deviation; None: features."""
-    if n_pcs is not None:
-        pcs = principal_components(rows, n_pcs)
-        return pcs.mean, pcs.components, pcs.explained_std
-    mean = sum(block.astype(np.float64).sum(axis=0) for _, block in rows.blocks()) / len(rows)
-    squares = sum(((b.double().numpy() - mean) ** 2).sum(axis=0) for _, b in rows.batches(None))
-    return mean, None, np.sqrt(squares / (len(rows) - 1))
-
-
-def project_rows(rows, mean, components, scale):
-    """Rows on the principal components (or centred features), divided by a scale, or one each."""
-    scale = torch.as_tensor(scale, dtype=torch.float32)
-    if components is None:
-        shift = torch.from_numpy(mean.astype(np.float32))
-        return MappedRows(rows, lambda batch: (batch - shift) / scale, rows.shape[1])
-    scores = PrincipalComponents(mean, components, np.ones(len(components))).transform(rows)
-    if scores.resident:
-        return DenseRows(scores.tensor / scale)
-    return MappedRows(scores, lambda batch: batch / scale, len(components))
-
-
-def _positive_views(positives, rows, space):
-    views = []
-    for number, view in enumerate(() if positives is None else positives):
-        try:
-            view = check_X(BaseEstimator(), view, reset=True)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"positives[{number}]: {error}") from error
-        if view.shape != rows.shape:
-            raise ValueError(
-                f"positives[{number}] has shape {view.shape}, but X has {rows.shape}: each set of "
-                "positives holds one generated view per row of X."
-            )
-        views.append(project_rows(view, *space))
-    return views
+def _warn_of_collapse(history, method):
+    last = history[-1] if history else {}
+    spread, entropy = last.get("feature_spread", 1.0), last.get("teacher_entropy", 0.5)
+    if spread >= _LEAST_SPREAD and entropy < 0.995:
+        return
+    warnings.warn(
+        f"{method} collapsed: the embeddings of different samples are nearly the same "
+        f"(feature_spread {spread:.3f}, 1 is best"
+        + (f"; teacher_entropy {entropy:.3f} of its largest" if "teacher_entropy" in last else "")
+        + "). Try a lower learning_rate, more samples in a batch, a smaller out_dim, momentum "
+        "closer to 1, or weaker augmentation.",
+        CollapseWarning,
+        stacklevel=4,
+    )

@@ -339,3 +339,196 @@ def nt_xent(a, b, temperature=0.5):
     logits = logits.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=a.device), -math.inf)
     partner = torch.arange(2 * n, device=a.device).roll(n)
     return F.cross_entropy(logits, partner)
+
+
+def info_nce_queue(queries, keys, queue, temperature=0.2):
+    """InfoNCE of MoCo: each query against its own key and a queue of older keys.
+
+    Parameters
+    ----------
+    queries : Tensor of shape (B, d)
+        Of the network that learns. Normalised inside, as are the other two.
+    keys : Tensor of shape (B, d)
+        Of the momentum network; row i is the other view of sample i. No gradient flows into them.
+    queue : Tensor of shape (K, d)
+        Keys of earlier batches, the negatives.
+    temperature : float, default=0.2
+        MoCo v2's.
+
+    Returns
+    -------
+    Tensor of shape ()
+        Mean over the queries of the cross-entropy over 1 + K logits.
+
+    References
+    ----------
+    He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, Eq. 1;
+    Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020.
+
+    Examples
+    --------
+    >>> import torch
+    >>> one = torch.ones(4, 3)  # all alike: log(1 + K)
+    >>> round(info_nce_queue(one, one, torch.ones(9, 3)).item(), 4)
+    2.3026
+    """
+    queries = F.normalize(_full_precision(queries))
+    keys, queue = F.normalize(_full_precision(keys.detach())), F.normalize(_full_precision(queue))
+    own = (queries * keys).sum(1, keepdim=True)
+    logits = torch.cat([own, queries @ queue.T], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+
+def negative_cosine(prediction, target):
+    """Negative cosine similarity of BYOL and SimSiam; no gradient flows into the target.
+
+    BYOL's squared distance of normalised vectors is 2 plus twice this.
+
+    Parameters
+    ----------
+    prediction : Tensor of shape (B, d)
+        Output of the predictor.
+    target : Tensor of shape (B, d)
+        Projection of the other view.
+
+    Returns
+    -------
+    Tensor of shape ()
+        Mean over the rows, in [-1, 1].
+
+    References
+    ----------
+    Grill et al., "Bootstrap Your Own Latent", 2020, Eq. 2; Chen and He, "Exploring Simple Siamese
+    Representation Learning", 2021, Eq. 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> round(negative_cosine(torch.ones(2, 3), torch.ones(2, 3)).item(), 4)
+    -1.0
+    """
+    prediction, target = _full_precision(prediction), _full_precision(target.detach())
+    return -F.cosine_similarity(prediction, target).mean()
+
+
+def dino_loss(student_logits, teacher_logits, center, student_temp=0.1, teacher_temp=0.04):
+    r"""Self-distillation loss of DINO over all pairs of a teacher's and another, student's crop.
+
+    With the teacher's centred and sharpened :math:`P_t = \mathrm{softmax}((L_t - c) / \tau_t)` and
+    the student's :math:`P_s = \mathrm{softmax}(L_s / \tau_s)` it is the mean of
+    :math:`-P_t(i) \log P_s(j)` over the crops :math:`j \ne i` and the samples (Eqs. 1 to 3
+    of Gen-SIS).
+
+    Parameters
+    ----------
+    student_logits : sequence of Tensor, or Tensor, of shape (S, B, K)
+        Output of the student's head for each crop, the global ones first.
+    teacher_logits : sequence of Tensor, or Tensor, of shape (T, B, K)
+        Output of the teacher's head for the global crops, in the same order; T <= S. No gradient
+        flows into them.
+    center : Tensor of shape (K,)
+        Moving average of the teacher's logits.
+    student_temp, teacher_temp : float or Tensor of shape (), default=0.1, 0.04
+        Temperatures.
+
+    Returns
+    -------
+    Tensor of shape ()
+
+    Raises
+    ------
+    ValueError
+        If there is no pair of different crops.
+
+    References
+    ----------
+    Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", 2021, Eqs. 1 to 3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> crops = torch.zeros(2, 4, 8)  # all prototypes alike: log(K)
+    >>> round(dino_loss(crops, crops, torch.zeros(8)).item(), 4)
+    2.0794
+    """
+    student = _full_precision(_stacked(student_logits))
+    teacher = _full_precision(_stacked(teacher_logits)).detach()
+    n_pairs = len(student) * len(teacher) - min(len(student), len(teacher))
+    if n_pairs < 1:
+        raise ValueError(
+            f"dino_loss needs two different crops, got {len(student)} of the student and "
+            f"{len(teacher)} of the teacher."
+        )
+    target = sharpen(teacher, center, teacher_temp)
+    # Sum_k P_t log P_s = sum_k P_t L_s / tau - logsumexp(L_s / tau): the teacher's side is a sum
+    # over its crops, so that no (T, S, B, K) is made.
+    logits = student / student_temp
+    everyone = target.sum(0)
+    agreement = (everyone * logits).sum(-1) - len(teacher) * logits.logsumexp(-1)
+    total = agreement.sum()
+    both = min(len(student), len(teacher))
+    own = (target[:both] * logits[:both]).sum(-1) - logits[:both].logsumexp(-1)
+    return -(total - own.sum()) / (n_pairs * student.shape[1])
+
+
+def sharpen(teacher_logits, center, teacher_temp):
+    """Teacher's distribution of DINO: softmax of the centred logits over the temperature."""
+    return F.softmax((teacher_logits - center) / teacher_temp, dim=-1)
+
+
+def disentanglement_loss(
+    student_logits,
+    teacher_logits_1,
+    teacher_logits_2,
+    alpha,
+    center,
+    student_temp=0.1,
+    teacher_temp=0.04,
+):
+    r"""Disentanglement loss of Gen-SIS: say of an interpolated image what its two sources are.
+
+    The teacher's logits are mixed, :math:`L = \alpha L_1 + (1 - \alpha) L_2` (Eq. 5), then centred
+    and sharpened (Eq. 6), and compared with the student's view of the interpolated image by
+    cross-entropy (Eqs. 4 and 7).
+
+    Parameters
+    ----------
+    student_logits : Tensor of shape (B, K)
+        Of a view of the interpolated image.
+    teacher_logits_1, teacher_logits_2 : Tensor of shape (B, K)
+        Of views of the two sources. To mix before the head, the ablation of the paper's Table 7,
+        give the head's output for the mixed features as both.
+    alpha : Tensor of shape (B,) or float
+        Share of the first source, in [0, 1].
+    center : Tensor of shape (K,)
+        Moving average of the teacher's logits.
+    student_temp, teacher_temp : float or Tensor of shape (), default=0.1, 0.04
+        Temperatures.
+
+    Returns
+    -------
+    Tensor of shape ()
+        Mean over the rows.
+
+    References
+    ----------
+    Belagali, Yellapragada et al., "Gen-SIS: Generative Self-augmentation Improves Self-supervised
+    Learning", Eqs. 4 to 7.
+
+    Examples
+    --------
+    >>> import torch
+    >>> same = torch.zeros(4, 8)  # all prototypes alike: log(K)
+    >>> round(disentanglement_loss(same, same, same, 0.5, torch.zeros(8)).item(), 4)
+    2.0794
+    """
+    first = _full_precision(teacher_logits_1).detach()
+    second = _full_precision(teacher_logits_2).detach()
+    alpha = torch.as_tensor(alpha, dtype=first.dtype, device=first.device).reshape(-1, 1)
+    mixed = alpha * first + (1 - alpha) * second
+    target = sharpen(mixed, center, teacher_temp)
+    return F.cross_entropy(_full_precision(student_logits) / student_temp, target)
+
+
+def _stacked(crops):
+    return crops if isinstance(crops, torch.Tensor) else torch.stack(list(crops))

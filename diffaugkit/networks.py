@@ -1,11 +1,20 @@
-"""Networks that embed: modules only, no training and no data."""
+"""Networks that embed: modules only, no training and no data.
 
+All keep one contract: ``network(x) -> (y, z)``, where y (B, n_components) is the embedding, and z
+what the loss compares; ``network.embed(x)`` gives y, ``network.head(y)`` gives z.
+"""
+
+import copy
 import itertools
+import os
+import pickle
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["EmbeddingMLP"]
+__all__ = ["DINOHead", "EmbeddingMLP", "ImageEmbedder", "mlp_head"]
 
 
 class EmbeddingMLP(nn.Module):
@@ -31,6 +40,8 @@ class EmbeddingMLP(nn.Module):
         Widths of the hidden layers, of the encoder and of the head alike.
     skip : bool, default=True
         Whether y and z get their linear skips.
+    head : nn.Module or None, default=None
+        Another way from y to z than the MLP to `n_low`; it has no skip.
 
     Examples
     --------
@@ -40,9 +51,23 @@ class EmbeddingMLP(nn.Module):
     ((8, 50), (8, 2))
     """
 
-    def __init__(self, n_features, n_components=50, n_low=2, hidden_sizes=(500, 500), skip=True):
+    def __init__(
+        self,
+        n_features,
+        n_components=50,
+        n_low=2,
+        hidden_sizes=(500, 500),
+        skip=True,
+        head=None,
+    ):
         super().__init__()
         self.backbone = _blocks(n_features, *hidden_sizes, n_components)
+        if head is not None:
+            self.head, self.low_skip = head, None
+            self.skip = nn.Linear(n_features, n_components, bias=False) if skip else None
+            if skip:
+                nn.init.eye_(self.skip.weight)
+            return
         last = hidden_sizes[-1] if hidden_sizes else n_components
         self.head = nn.Sequential(*_blocks(n_components, *hidden_sizes), nn.Linear(last, n_low))
         self.skip = nn.Linear(n_features, n_components, bias=False) if skip else None
@@ -73,3 +98,523 @@ def _blocks(*sizes):
             for n_in, n_out in itertools.pairwise(sizes)
         ]
     )
+
+
+# ---- heads: from y to what the loss compares -----------------------------------------------------
+
+
+def mlp_head(*sizes, norm_hidden=True, norm_last=False):
+    """Projection or prediction head: Linear, BatchNorm, ReLU, ..., Linear.
+
+    Parameters
+    ----------
+    *sizes : int
+        Widths, from the input's to the output's.
+    norm_hidden : bool, default=True
+        BatchNorm behind the hidden layers; MoCo v2 has none.
+    norm_last : bool, default=False
+        BatchNorm without gain and bias behind the last layer (SimSiam's projection).
+
+    Returns
+    -------
+    nn.Sequential
+
+    Examples
+    --------
+    >>> import torch
+    >>> tuple(mlp_head(16, 32, 8)(torch.randn(4, 16)).shape)
+    (4, 8)
+    """
+    layers = []
+    *hidden, (n_in, n_out) = itertools.pairwise(sizes)
+    for before, after in hidden:
+        layers.append(nn.Linear(before, after, bias=not norm_hidden))
+        layers += [nn.BatchNorm1d(after), nn.ReLU()] if norm_hidden else [nn.ReLU()]
+    layers.append(nn.Linear(n_in, n_out, bias=not norm_last))
+    if norm_last:
+        layers.append(nn.BatchNorm1d(n_out, affine=False))
+    return nn.Sequential(*layers)
+
+
+class DINOHead(nn.Module):
+    """Projection head of DINO: MLP, L2-normalised bottleneck, weight-normalised prototypes.
+
+    Three linear layers with GELU and no BatchNorm; the bottleneck is normalised to length 1, and so
+    is the weight of each prototype where `norm_last` freezes its gain at 1 (the default of the
+    authors' code), so that the logits are cosines.
+
+    Parameters
+    ----------
+    n_features : int
+        Width of the embedding.
+    out_dim : int
+        Prototypes K.
+    hidden : int, default=2048
+        Width of the hidden layers.
+    bottleneck : int, default=256
+        Width in front of the prototypes.
+    norm_last : bool, default=True
+        Freeze the gain of the last layer. It is steadier; without it large models learn more.
+    norm_hidden : bool, default=False
+        BatchNorm in the hidden layers, an option of the authors' code. On 500 digits it decided
+        between learning and a collapse to the uniform distribution.
+
+    References
+    ----------
+    Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", 2021, appendix C.
+
+    Examples
+    --------
+    >>> import torch
+    >>> logits = DINOHead(16, 64, hidden=32)(torch.randn(4, 16))
+    >>> tuple(logits.shape), bool((logits.abs() <= 1.0001).all())
+    ((4, 64), True)
+    """
+
+    def __init__(
+        self, n_features, out_dim, hidden=2048, bottleneck=256, norm_last=True, norm_hidden=False
+    ):
+        super().__init__()
+        sizes = (n_features, hidden, hidden, bottleneck)
+        layers = [nn.Linear(n_in, n_out) for n_in, n_out in itertools.pairwise(sizes)]
+        between = [[nn.BatchNorm1d(hidden)] * norm_hidden + [nn.GELU()] for _ in range(2)]
+        self.mlp = nn.Sequential(layers[0], *between[0], layers[1], *between[1], layers[2])
+        for layer in layers:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.prototypes = nn.Parameter(torch.empty(out_dim, bottleneck))
+        nn.init.kaiming_uniform_(self.prototypes, a=5**0.5)
+        self.gain = None if norm_last else nn.Parameter(torch.ones(out_dim))
+
+    def forward(self, y, learn_prototypes=None):
+        """Logits (B, K) of embeddings y (B, n_features).
+
+        `learn_prototypes`, a tensor that is 0 or 1, stops the gradient of the last layer at 0
+        without a look at its value, which would wait for the device.
+        """
+        weight = self.prototypes
+        if learn_prototypes is not None:
+            weight = torch.lerp(weight.detach(), weight, learn_prototypes)
+        z = F.linear(F.normalize(self.mlp(y), dim=-1), F.normalize(weight, dim=-1))
+        return z if self.gain is None else z * self.gain
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+FEATURES = ("auto", "cls", "pooled", "last_n")
+
+
+class ImageEmbedder(nn.Module):
+    """Image encoder: backbone -> features -> y (optionally a linear layer) -> head -> z.
+
+    It takes images of any size, as far as the backbone does: crops of several sizes share it.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        A timm model without classifier, or any module from (B, C, H, W) to (B, F).
+    n_features : int
+        Width F of the features, see :func:`feature_width`.
+    n_components : int or None, default=None
+        Width of y; None takes the features as they are.
+    head : nn.Module or None, default=None
+        From y to z; None for z = y.
+    features : {"auto", "cls", "pooled", "last_n"}, default="auto"
+        What y is made of, see :func:`image_features`.
+    n_last : int, default=4
+        Blocks of ``"last_n"``, the four of DINO's linear protocol.
+
+    Examples
+    --------
+    >>> import torch
+    >>> network = ImageEmbedder(small_resnet((8, 8, 1)), 128)
+    >>> y, z = network(torch.zeros(2, 1, 8, 8))
+    >>> tuple(y.shape), y is z
+    ((2, 128), True)
+    """
+
+    def __init__(
+        self, backbone, n_features, n_components=None, head=None, features="auto", n_last=4
+    ):
+        super().__init__()
+        self.backbone, self.features, self.n_last = backbone, features, n_last
+        narrow = n_components is not None
+        self.n_components = n_components if narrow else n_features
+        self.embedding = nn.Linear(n_features, n_components) if narrow else nn.Identity()
+        self.head = nn.Identity() if head is None else head
+
+    def embed(self, x):
+        """Embedding y (B, n_components) of images x (B, C, H, W)."""
+        return self.embedding(image_features(self.backbone, x, self.features, self.n_last))
+
+    def forward(self, x):
+        """Both embeddings: y (B, n_components) and z, what the head makes of it."""
+        y = self.embed(x)
+        return y, self.head(y)
+
+
+def image_features(backbone, x, features="auto", n_last=4):
+    """Features of images by one of four readings of a backbone.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        Timm model or any module.
+    x : Tensor of shape (B, C, H, W)
+        Images.
+    features : {"auto", "cls", "pooled", "last_n"}, default="auto"
+        ``"auto"``: what the backbone returns, the CLS token of a ViT and pooled maps of a CNN.
+        ``"cls"``: the CLS token. ``"pooled"``: mean of the patch tokens, or of the last map.
+        ``"last_n"``: CLS tokens of the last `n_last` blocks, side by side.
+    n_last : int, default=4
+        Blocks of ``"last_n"``.
+
+    Returns
+    -------
+    Tensor of shape (B, F)
+    """
+    if features == "auto":
+        y = backbone(x)
+        if not isinstance(y, torch.Tensor) or y.ndim != 2:
+            shape = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+            raise ValueError(
+                f"backbone must map images (B, C, H, W) to features (B, F), but gave {shape}. Pool "
+                "its output; of a timm model, pass the name and let num_classes=0 do it."
+            )
+        return y
+    vit = _is_vit(backbone)
+    if features == "pooled":
+        if vit:
+            return backbone.forward_features(x)[:, backbone.num_prefix_tokens :].mean(1)
+        if not hasattr(backbone, "forward_features"):
+            return image_features(backbone, x)
+        maps = backbone.forward_features(x)
+        return maps.mean((2, 3)) if maps.ndim == 4 else image_features(backbone, x)
+    if not (vit and backbone.has_class_token):
+        raise ValueError(
+            f"features={features!r} needs a vision transformer with a CLS token, but backbone is a "
+            f"{type(backbone).__name__}. Use features='pooled' or 'auto'."
+        )
+    if features == "cls":
+        return backbone.forward_features(x)[:, 0]
+    if features != "last_n":
+        raise ValueError(f"features={features!r} must be one of {', '.join(FEATURES)}.")
+    layers = backbone.forward_intermediates(
+        x,
+        min(n_last, len(backbone.blocks)),
+        return_prefix_tokens=True,
+        norm=True,
+        output_fmt="NLC",
+        intermediates_only=True,
+    )
+    return torch.cat([prefix[:, 0] for _, prefix in layers], dim=1)
+
+
+def feature_width(backbone, shape, features="auto", n_last=4):
+    """Width of the features of a backbone for images of a shape (h, w, c)."""
+    width = getattr(backbone, "num_features", None)
+    if width is not None and features != "last_n":
+        return int(width)
+    training = backbone.training
+    with torch.no_grad():
+        h, w, c = shape
+        x = torch.zeros(1, c, h, w)
+        width = image_features(backbone.eval(), x, features, n_last).shape[1]
+    backbone.train(training)
+    return width
+
+
+def make_backbone(backbone, shape, *, pretrained=None, drop_path=0.0, load=True):
+    """Backbone for images of a shape, by name or as given.
+
+    Parameters
+    ----------
+    backbone : str or nn.Module
+        ``"small_resnet"``, ``"small_vit"``, a timm name (``"vit_small_patch16_224"``), or a module
+        from (B, C, H, W) to (B, F), of which a copy is taken.
+    shape : tuple of (int, int, int)
+        Height, width and channels.
+    pretrained : str, path-like or None, default=None
+        Where weights come from: a file of safetensors or of a state dict (read by
+        ``torch.load(weights_only=True)``: no code of it runs), or the tag of timm's weights for
+        this backbone, which timm downloads (``"dino"`` for ``vit_small_patch16_224.dino``; an empty
+        string for its default).
+    drop_path : float, default=0.0
+        Share of residual branches that are skipped in training.
+    load : bool, default=True
+        False makes the same architecture without reading the weights.
+
+    Returns
+    -------
+    nn.Module
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, a file that does not fit, or a size that the model does not take.
+    """
+    import timm
+
+    if isinstance(backbone, nn.Module):
+        model = copy.deepcopy(backbone)
+    elif backbone in SMALL_BACKBONES:
+        model = SMALL_BACKBONES[backbone](shape, drop_path=drop_path)
+    else:
+        model = _timm_model(timm, backbone, shape, pretrained, drop_path, load)
+    if load and pretrained is not None and not (_is_tag(pretrained) and _is_timm(timm, backbone)):
+        _load_weights(model, pretrained)
+    return model
+
+
+def _timm_model(timm, name, shape, pretrained, drop_path, load):
+    if not _is_timm(timm, name):
+        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
+        raise ValueError(
+            f"backbone={name!r} is neither 'small_resnet', 'small_vit', 'mlp', nor a model of timm"
+            + (f" (some of its: {close})." if close else "; see timm.list_models().")
+        )
+    h, w, c = shape
+    tag = pretrained is not None and _is_tag(pretrained)
+    if tag and pretrained:
+        name = f"{name.partition('.')[0]}.{pretrained}"
+    base = {"pretrained": tag and load, "in_chans": c, "num_classes": 0}
+    # Which options a family takes is known to its constructor only: from the most to the fewest.
+    sized, paths = {"img_size": (h, w)}, {"drop_path_rate": drop_path}
+    dynamic = {"dynamic_img_size": True, "dynamic_img_pad": True}
+    for options in (sized | dynamic | paths, sized | paths, dynamic | paths, paths, {}):
+        try:
+            return timm.create_model(name, **base, **options)
+        except TypeError:
+            continue
+    raise ValueError(f"backbone={name!r} takes no in_chans={c}: choose another model of timm.")
+
+
+def _is_timm(timm, name):
+    return isinstance(name, str) and timm.is_model(name.partition(".")[0])
+
+
+def _is_tag(pretrained):
+    text = os.fspath(pretrained)
+    return not (Path(text).suffix in _WEIGHT_FILES or os.sep in text or Path(text).is_file())
+
+
+_WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+def _load_weights(model, path):
+    """Read a file of weights; nothing of it is executed."""
+    if not Path(path).is_file():
+        raise ValueError(
+            f"pretrained={os.fspath(path)!r} is no file, and no tag of timm's weights."
+        )
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        weights = load_file(path)
+    else:
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"pretrained={os.fspath(path)!r} holds more than tensors, and is not read: it "
+                "could run code. Save model.state_dict(), best with safetensors."
+            ) from error
+    # Checkpoints nest the weights, and name them after the wrapper that they were trained in.
+    for key in ("teacher", "state_dict", "model"):
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+    weights = weights if isinstance(weights, dict) else {}
+    own = model.state_dict()
+    fewest = list(own)
+    for prefix in ("", "module.", "backbone.", "module.backbone.", "encoder."):
+        found = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        found = {k: v for k, v in found.items() if k in own and v.shape == own[k].shape}
+        missing = [name for name in own if name not in found]
+        if not missing:
+            model.load_state_dict(found)
+            return
+        fewest = min(fewest, missing, key=len)
+    raise ValueError(
+        f"pretrained={os.fspath(path)!r} lacks {len(fewest)} of the {len(own)} weights of the "
+        f"backbone, or has them in another shape: {', '.join(fewest[:3])}. Is it a file of the "
+        "same architecture, input size and channels?"
+    )
+
+
+def small_resnet(shape, width=32, drop_path=0.0):
+    """ResNet for images of 8 to 64 pixels that a CPU trains: timm's, narrow, with a CIFAR stem.
+
+    One BasicBlock per stage, each stage twice as wide as the one before and, from the second on,
+    half as large; a 3 x 3 stem of stride 1 (2 above 64 pixels) without max-pooling. There are four
+    stages from 16 pixels on, three from 8, two from 4, else one: a map of one pixel is not halved
+    (gradients of that are wrong in oneDNN's bf16, of torch 2.15: it reads memory that is not its
+    own).
+
+    Parameters
+    ----------
+    shape : tuple of (int, int, int)
+        Height, width and channels.
+    width : int, default=32
+        Channels of the first stage.
+    drop_path : float, default=0.0
+        Share of residual branches skipped in training.
+
+    Returns
+    -------
+    nn.Module
+        From (B, C, H, W), any H and W, to (B, 8 * width), or 4, 2, 1 times the width.
+
+    Examples
+    --------
+    >>> import torch
+    >>> tuple(small_resnet((32, 32, 3))(torch.zeros(2, 3, 16, 16)).shape)
+    (2, 256)
+    """
+    from timm.models.resnet import BasicBlock, ResNet
+
+    h, w, channels = shape
+    stages = sum(max(h, w) >= side for side in (1, 4, 8, 16))
+    widths = tuple(width * 2**i for i in range(stages))
+    model = ResNet(
+        BasicBlock,
+        (1,) * stages if stages > 1 else (2,),
+        num_classes=0,
+        in_chans=channels,
+        channels=widths,
+        stem_width=width,
+        drop_path_rate=drop_path,
+    )
+    first = model.conv1.out_channels
+    stride = 2 if max(h, w) > 64 else 1
+    model.conv1 = nn.Conv2d(channels, first, 3, stride=stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    for stage in range(stages, 4):
+        setattr(model, f"layer{stage + 1}", nn.Identity())
+    return model
+
+
+def small_vit(shape, width=192, depth=6, heads=3, drop_path=0.0):
+    """Vision transformer for images of 8 to 64 pixels: timm's, 192 wide, 6 deep, 3 heads.
+
+    Patches are 2 x 2 up to 16 pixels, 4 x 4 up to 64, 16 x 16 above 128 and 8 x 8 between. Other
+    sizes than `shape` are padded to whole patches, with interpolated positions.
+
+    Parameters
+    ----------
+    shape : tuple of (int, int, int)
+        Height, width and channels.
+    width, depth, heads : int, default=192, 6, 3
+        Size of the transformer.
+    drop_path : float, default=0.0
+        Share of residual branches skipped in training.
+
+    Returns
+    -------
+    nn.Module
+        From (B, C, H, W) to the CLS token (B, width).
+
+    Examples
+    --------
+    >>> import torch
+    >>> tuple(small_vit((32, 32, 3), depth=1)(torch.zeros(2, 3, 16, 16)).shape)
+    (2, 192)
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    h, w, channels = shape
+    patch = next(p for p, most in ((2, 16), (4, 64), (8, 128), (16, 2**31)) if max(h, w) <= most)
+    return VisionTransformer(
+        img_size=(-(-h // patch) * patch, -(-w // patch) * patch),
+        patch_size=patch,
+        in_chans=channels,
+        num_classes=0,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        drop_path_rate=drop_path,
+        dynamic_img_size=True,
+        dynamic_img_pad=True,
+    )
+
+
+SMALL_BACKBONES = {"small_resnet": small_resnet, "small_vit": small_vit}
+
+
+def _is_vit(backbone):
+    return all(hasattr(backbone, name) for name in ("blocks", "patch_embed", "num_prefix_tokens"))
+
+
+def patch_size(backbone):
+    """Side (h, w) of the patches of a vision transformer, or None for other backbones."""
+    if not _is_vit(backbone):
+        return None
+    return tuple(int(side) for side in backbone.patch_embed.patch_size)
+
+
+def patch_tokens(backbone, x):
+    """Patch tokens (B, L, F) of a vision transformer behind its last norm, row by row.
+
+    Raises
+    ------
+    ValueError
+        If the backbone is no vision transformer.
+    """
+    _check_vit(backbone, "patch_tokens")
+    return backbone.forward_features(x)[:, backbone.num_prefix_tokens :]
+
+
+def class_attention(backbone, x, layer=-1):
+    """Attention of the CLS token to the patches, after the softmax over all tokens.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        Timm vision transformer with a CLS token.
+    x : Tensor of shape (B, C, H, W)
+        Images.
+    layer : int, default=-1
+        Block, from the first (0) or the last (-1).
+
+    Returns
+    -------
+    Tensor of shape (B, heads, h, w)
+        h and w in patches. What is missing to a sum of 1 goes to the CLS token itself and to
+        registers.
+
+    Raises
+    ------
+    ValueError
+        If the backbone is no vision transformer with a CLS token, or has no such block.
+    """
+    _check_vit(backbone, "attention_maps")
+    if not getattr(backbone, "has_class_token", False):
+        raise ValueError("attention_maps needs a CLS token, which this backbone does not have.")
+    n_blocks = len(backbone.blocks)
+    if not -n_blocks <= layer < n_blocks:
+        raise ValueError(f"layer={layer} must be from {-n_blocks} to {n_blocks - 1}.")
+    attention = backbone.blocks[layer].attn
+    seen = []
+
+    def record(module, inputs):
+        tokens = inputs[0]
+        n, length, _ = tokens.shape
+        qkv = module.qkv(tokens).reshape(n, length, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
+        queries, keys = module.q_norm(qkv[0][:, :, :1]), module.k_norm(qkv[1])
+        seen.append((queries * module.scale @ keys.transpose(-2, -1)).softmax(-1)[:, :, 0])
+
+    handle = attention.register_forward_pre_hook(record)
+    try:
+        backbone.forward_features(x)
+    finally:
+        handle.remove()
+    maps = seen[0][:, :, backbone.num_prefix_tokens :]
+    return maps.unflatten(-1, backbone.patch_embed.dynamic_feat_size(x.shape[-2:]))
+
+
+def _check_vit(backbone, what):
+    if not _is_vit(backbone):
+        raise ValueError(
+            f"{what} needs a vision transformer, but backbone is a {type(backbone).__name__}: "
+            "fit with backbone='small_vit' or another ViT of timm."
+        )

@@ -4,6 +4,18 @@ import re
 
 import numpy as np
 
+from diffaugkit.image_plotting import AttentionDisplay, InterpolationDisplay, SampleGridDisplay
+
+__all__ = [
+    "PALETTE",
+    "AttentionDisplay",
+    "EmbeddingDisplay",
+    "InterpolationDisplay",
+    "SampleGridDisplay",
+    "SimilarityHistogramDisplay",
+    "TrainingCurveDisplay",
+]
+
 # The first seven are Okabe and Ito's. Each later one was chosen greedily for the largest OKLab
 # distance to all before it, to white and to grey, the smallest over normal (counted half),
 # protanope and deuteranope vision (Machado et al. 2009). Beyond a dozen no palette is safe by hue
@@ -16,7 +28,13 @@ PALETTE = (
 )
 _UNLABELLED = "#b4b4b4"
 _LEGEND_ROWS = 18
-_PHASES = {"E": ("E-step (encoder)", PALETTE[0]), "M": ("M-step (generator)", PALETTE[3])}
+_PHASES = {
+    "E": ("E-step (encoder)", PALETTE[0]),
+    "M": ("M-step (generator)", PALETTE[3]),
+    "vanilla": ("first encoder", PALETTE[0]),
+    "diffusion": ("generator", PALETTE[3]),
+    "generative": ("encoder on generated images", PALETTE[2]),
+}
 
 
 class EmbeddingDisplay:
@@ -321,7 +339,7 @@ class TrainingCurveDisplay:
         joint = stretch[-1] >= 24
         self.lines_, self.spans_ = [], []
         for kind in kinds:
-            axes = self.ax_ if kind == kinds[0] else self.right_ax_
+            axes = self.ax_ if kind in self._left(kinds) else self.right_ax_
             name, color = self._phase(kind, kinds)
             parts = [phase == kind] if joint else []
             if not joint:
@@ -346,9 +364,16 @@ class TrainingCurveDisplay:
         return _PHASES.get(kind, (str(kind) or "loss", PALETTE[kinds.index(kind) % 30]))
 
     def _sides(self, kinds):
-        yield self.ax_, kinds[:1]
+        left = self._left(kinds)
+        yield self.ax_, left
         if self.right_ax_ is not None:
-            yield self.right_ax_, kinds[1:]
+            yield self.right_ax_, [kind for kind in kinds if kind not in left]
+
+    @staticmethod
+    def _left(kinds):
+        """Encoders on the left, generators on the right; of unknown kinds the first one alone."""
+        generators = {"M", "diffusion"} & set(kinds[1:])
+        return [kind for kind in kinds if kind not in generators] if generators else kinds[:1]
 
     def _shade(self, epochs, kind, color):
         low, high = epochs[0] - 0.5, epochs[-1] + 0.5

@@ -2,9 +2,10 @@
 
 ``len(rows)``, ``rows.shape`` and ``rows[indices]``, which gives a dense tensor of the asked rows
 and of nothing else. Sparse and on-disk matrices stay what they are until a batch is read, so that
-memory does not follow the size of the data.
+memory does not follow the size of the data. Samples are vectors (B, d) or images (B, C, H, W).
 """
 
+import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -27,23 +28,32 @@ _BACKED_SHUFFLE_BLOCK = 1024
 
 
 class Rows(ABC):
-    """Random access to ``n`` samples of ``d`` features, read as dense float32 batches.
+    """Random access to ``n`` samples, vectors or images, read as dense batches.
 
     Parameters
     ----------
-    shape : tuple of (int, int)
-        Number of rows and of features.
+    shape : tuple of (int, int) or of (int, int, int, int)
+        Number of rows and of features (n, d), or (n, C, H, W) of images.
     feature_names : ndarray of str or None, default=None
         Names of the features (genes), in the order of the columns.
 
     Attributes
     ----------
-    shape : tuple of (int, int)
-        Number of rows ``n`` and of features ``d``.
+    shape : tuple of int
+        (n, d) for vectors, (n, C, H, W) for images.
+    dtype : dtype
+        What is read: float32, or uint8 for images of bytes.
     feature_names : ndarray of shape (d,) or None
         Names of the features where the input had some.
+    pixel_range : tuple of (low, high) or None
+        Values of black and white; None for vectors and for latents, which have no such scale. Two
+        ints where the type says it, (0, 255) for uint8; two floats where the data were looked at.
+    value_range : tuple of (float, float) or None
+        Least and greatest value of floating-point images, where they were looked at.
+    layout : {"channels_last", "channels_first", "grey", "flat"} or None
+        How the caller's images lie; None for vectors.
     resident : bool
-        Whether the data lie in memory as one dense float32 tensor already (``rows.tensor``).
+        Whether the data lie in memory as one dense tensor already (``rows.tensor``).
     in_memory : bool
         Whether reading a row touches no disk.
     shuffle_block : int
@@ -53,19 +63,42 @@ class Rows(ABC):
         The kind of container that the caller gave.
     """
 
+    dtype = np.dtype(np.float32)
+    pixel_range = None
+    value_range = None
+    layout = None
     resident = False
     in_memory = True
     shuffle_block = 1
     origin = "dense"
 
     def __init__(self, shape, feature_names=None):
-        self.shape = (int(shape[0]), int(shape[1]))
+        self.shape = tuple(int(size) for size in shape)
         self.feature_names = feature_names
         self._memo = {}
 
     @abstractmethod
     def _read(self, index):
-        """Rows of a slice or of non-negative int64 positions: float32 (B, d), ndarray or CSR."""
+        """Rows of a slice or of non-negative int64 positions: (B, ...) ndarray, or (B, d) CSR."""
+
+    def _named(self, position):
+        """Name a row, for an error."""
+        return f"row {position}"
+
+    @property
+    def is_image(self):
+        """Whether a row is an image (C, H, W), not a vector (d,)."""
+        return len(self.shape) == 4
+
+    @property
+    def n_features(self):
+        """Values of a row: d, or C * H * W."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def image_shape(self):
+        """(h, w, c) of images, None for vectors."""
+        return (*self.shape[2:], self.shape[1]) if self.is_image else None
 
     def __len__(self):
         """Count the rows."""
@@ -85,8 +118,8 @@ class Rows(ABC):
 
         Returns
         -------
-        ndarray or csr_array of shape (B, d), float32
-            It may share memory with the caller's data: never write to it.
+        ndarray of shape (B, ...) or csr_array of shape (B, d)
+            Of ``dtype``. It may share memory with the caller's data: never write to it.
         """
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
@@ -104,7 +137,7 @@ class Rows(ABC):
         return self._read(np.where(index < 0, index + len(self), index))
 
     def __getitem__(self, index):
-        """Read rows as a float32 tensor (B, d) that belongs to the reader; one int gives (d,)."""
+        """Read rows as a tensor (B, ...) that belongs to the reader; one int gives one row."""
         import torch
 
         if isinstance(index, int | np.integer):
@@ -120,14 +153,15 @@ class Rows(ABC):
         """Make all rows dense at once, for callers who ask for just that."""
         if copy is False:
             raise ValueError(f"{type(self).__name__} cannot become an array without a copy.")
-        out = np.empty(self.shape, dtype=np.float32)
+        out = np.empty(self.shape, dtype=self.dtype)
         for rows, block in self.blocks():
             out[rows] = block.toarray() if sp.issparse(block) else block
         return out if dtype is None else out.astype(dtype, copy=False)
 
     def slices(self, batch_size=None):
         """Yield slices that cover all rows in order (by default about a million values)."""
-        step = batch_size or min(max(_BLOCK_VALUES // max(self.shape[1], 1), 64), 8192)
+        fewest = 1 if self.is_image else 64
+        step = batch_size or min(max(_BLOCK_VALUES // max(self.n_features, 1), fewest), 8192)
         for start in range(0, len(self), step):
             yield slice(start, min(start + step, len(self)))
 
@@ -137,7 +171,7 @@ class Rows(ABC):
             yield rows, self.block(rows)
 
     def batches(self, batch_size=4096):
-        """Yield ``(slice, tensor of shape (B, d))`` in order."""
+        """Yield ``(slice, tensor of shape (B, ...))`` in order."""
         for rows in self.slices(batch_size):
             yield rows, self[rows]
 
@@ -248,9 +282,9 @@ class BackedRows(Rows):
             # The row pointers are the 8 bytes a row that random access needs.
             self._indptr = np.asarray(matrix.group["indptr"][:], dtype=np.int64)
             self._data, self._indices = matrix.group["data"], matrix.group["indices"]
-            self.dtype = self._data.dtype
+            self.stored_dtype = self._data.dtype
         else:
-            self._data, self.dtype = matrix, matrix.dtype
+            self._data, self.stored_dtype = matrix, matrix.dtype
 
     def _read(self, index):
         if isinstance(index, slice):
@@ -295,34 +329,63 @@ class MappedRows(Rows):
 
     Parameters
     ----------
-    rows : Rows of shape (n, d')
+    rows : Rows of shape (n, ...)
         What is read.
     fn : callable
-        ``fn(tensor of shape (B, d')) -> tensor of shape (B, d)``, acting row by row. Give a
-        function of a module or a ``functools.partial`` of one where the result must pickle.
-    n_features : int
-        The width ``d`` of what ``fn`` returns.
+        ``fn(tensor of shape (B, ...)) -> tensor of shape (B, d)`` or (B, C, H, W), acting row by
+        row. Give a function of a module or a ``functools.partial`` of one where the result must
+        pickle.
+    n_features : int or tuple of (int, int, int)
+        What a row of ``fn``'s result is: the width ``d`` of a vector, or (C, H, W).
     feature_names : ndarray of str or None, default=None
         Names of the new features.
     native : bool, default=False
         Hand ``fn`` a block of :meth:`Rows.block` (ndarray or CSR) instead of a tensor, and take
         the same back.
+    pixel_range : tuple of (low, high) or None, default=None
+        Values of black and white in what ``fn`` returns. (0, 255) says that it returns uint8;
+        everything else is read as float32. None for vectors and latents.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from diffaugkit.rows import DenseRows, MappedRows
+    >>> flat = DenseRows(np.ones((2, 6)))
+    >>> rows = MappedRows(flat, lambda x: 2 * x.reshape(-1, 1, 2, 3), (1, 2, 3))
+    >>> rows.shape, rows[0].sum().item()
+    ((2, 1, 2, 3), 12.0)
     """
 
-    def __init__(self, rows, fn, n_features, feature_names=None, *, native=False):
-        super().__init__((len(rows), n_features), feature_names)
+    def __init__(self, rows, fn, n_features, feature_names=None, *, native=False, pixel_range=None):
+        row = n_features if isinstance(n_features, tuple) else (n_features,)
+        super().__init__((len(rows), *row), feature_names)
         self._rows, self._fn, self._native = rows, fn, native
         self.in_memory, self.shuffle_block = rows.in_memory, rows.shuffle_block
         self.origin = rows.origin
+        if self.is_image:
+            self.layout = rows.layout or "channels_last"
+            self.pixel_range = pixel_range
+            if pixel_range == (0, 255):
+                self.dtype = np.dtype(np.uint8)
 
     def _read(self, index):
         block = self._fn(self._rows.block(index) if self._native else self._rows[index])
-        block = block.detach().cpu().float().numpy() if hasattr(block, "detach") else block
-        return block.astype(np.float32, copy=False)
+        if hasattr(block, "detach"):
+            block = block.detach().cpu()
+            block = (block.float() if block.is_floating_point() else block).numpy()
+        return block.astype(self.dtype, copy=False)
 
 
 class TemporaryRows(Rows):
-    """Dense float32 rows in a temporary file, which goes when this object does."""
+    """Dense float32 rows in a temporary file, which goes when this object does.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file: the values row by row, as ``tobytes`` gives them.
+    shape : tuple of (int, int) or of (int, int, int, int)
+        (n, d) of vectors, or (n, C, H, W) of latents.
+    """
 
     in_memory = False
 

@@ -37,6 +37,7 @@ __all__ = [
     "isolated_rng",
     "make_batches",
     "mix_seed",
+    "process_rank",
     "reduced_precision",
     "resolve_device",
     "resolve_precision",
@@ -410,7 +411,7 @@ class Batches:
 
     def _bounds(self):
         """Start and end of every batch in the order of an epoch."""
-        _, world = _place()
+        _, world = process_rank()
         starts = list(range(0, self.n_samples, self.batch_size))
         # Batch normalisation and every contrast between samples need two rows in each process.
         if len(starts) > 1 and self.n_samples - starts[-1] < 2 * world:
@@ -440,7 +441,7 @@ class Batches:
         return max(1, min(-(-8 * self._block // self.batch_size), fitting))
 
     def _iterate(self, order, start):
-        rank, world = _place()
+        rank, world = process_rank()
         bounds, step = self._bounds(), self._window()
         if not self._reads:
             order = order.to(self.device)
@@ -627,10 +628,12 @@ def fit_loop(
     max_epochs,
     learning_rate,
     weight_decay=0.0,
+    final_weight_decay=None,
     warmup=0,
     schedule="cosine",
     ema_decay=None,
     grad_clip=None,
+    clip_each=False,
     accumulate=1,
     precision="auto",
     device="auto",
@@ -667,6 +670,8 @@ def fit_loop(
     weight_decay : float, default=0.0
         Decoupled decay (Loshchilov and Hutter 2019) of matrices and filters; biases and gains, the
         parameters with fewer than two dimensions, are spared.
+    final_weight_decay : float or None, default=None
+        Decay of the last step, reached from `weight_decay` along half a cosine (DINO: 0.04 to 0.4).
     warmup : int or float, default=0
         Optimiser steps of linear warm-up, or their share of all steps if between 0 and 1.
     schedule : {"cosine", "constant"}, default="cosine"
@@ -677,6 +682,8 @@ def fit_loop(
         start; update 0 copies. Floating-point buffers are averaged alike.
     grad_clip : float or None, default=None
         Largest 2-norm of the gradient.
+    clip_each : bool, default=False
+        Bound the norm of each parameter's gradient instead of that of all together, as DINO does.
     accumulate : int, default=1
         Batches whose mean gradient makes one optimiser step.
     precision : {"auto", "bf16", "fp32"}, default="auto"
@@ -748,10 +755,12 @@ def fit_loop(
         "max_epochs": max_epochs,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
+        "final_weight_decay": final_weight_decay,
         "warmup": warmup,
         "schedule": schedule,
         "ema_decay": ema_decay,
         "grad_clip": grad_clip,
+        "clip_each": clip_each,
         "accumulate": accumulate,
         "precision": precision,
         "seed": seed,
@@ -818,8 +827,12 @@ def fit_loop(
                     )
                     for param_group in optimizer.param_groups:
                         param_group["lr"] = rate
+                        if final_weight_decay is not None and param_group["weight_decay"]:
+                            param_group["weight_decay"] = final_weight_decay + scheduled_rate(
+                                state.step, n_updates, weight_decay - final_weight_decay
+                            )
                     if grad_clip is not None:
-                        nn.utils.clip_grad_norm_(parameters, grad_clip)
+                        _clip(parameters, grad_clip, each=clip_each)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     if after_step is not None:
@@ -915,6 +928,16 @@ def _adamw(parameters, weight_decay, device):
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
     return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda") or None)
+
+
+def _clip(parameters, most, *, each):
+    """Bound the 2-norm of the whole gradient, or of that of each parameter."""
+    if not each:
+        nn.utils.clip_grad_norm_(parameters, most)
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    factors = [(most / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(gradients)]
+    torch._foreach_mul_(gradients, factors)
 
 
 @contextlib.contextmanager
@@ -1136,8 +1159,14 @@ def _digest(tensors):
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def _place():
-    """Rank and number of the processes that train together."""
+def process_rank():
+    """Rank and number of the processes that train together.
+
+    Returns
+    -------
+    rank, world : int
+        ``(0, 1)`` for a process on its own.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
@@ -1174,7 +1203,7 @@ class _Together:
     """The processes of a launcher: accelerate's Accelerator, and a group for what the loop says."""
 
     def __init__(self, accelerator, device):
-        self.rank, self.world = _place()
+        self.rank, self.world = process_rank()
         self._device = device
         self.prepare, self.backward = accelerator.prepare, accelerator.backward
         self.no_sync, self.wait = accelerator.no_sync, accelerator.wait_for_everyone

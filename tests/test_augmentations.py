@@ -1,5 +1,6 @@
 """Neighbours in every regime, and mix-ups that lie between a sample and one of its neighbours."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -7,7 +8,15 @@ import pytest
 import torch
 
 from diffaugkit import augmentations
-from diffaugkit.augmentations import nearest_neighbors, neighbor_mixup
+from diffaugkit.augmentations import (
+    RECIPES,
+    ImageRecipe,
+    ImageViews,
+    image_recipe,
+    local_size,
+    nearest_neighbors,
+    neighbor_mixup,
+)
 from diffaugkit.rows import DenseRows, MappedRows
 from diffaugkit.training import isolated_rng
 
@@ -116,3 +125,227 @@ def test_mixup_lies_between_a_sample_and_one_of_its_neighbours(points, kind):
     assert max(shares) <= 1
     assert np.mean(shares) == pytest.approx(0.5, abs=0.2)
     assert set(picked) == set(range(5))
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+STILL = ImageRecipe(
+    scale=(1.0, 1.0), aspect=(1.0, 1.0), flip=0.0, brightness=0.0, contrast=0.0,
+    saturation=0.0, hue=0.0, grey=0.0, blur=(0.0, 0.0, 0.0), solarise=(0.0, 0.0, 0.0),
+)  # fmt: skip
+
+
+def pictures(n=8, c=3, side=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    small = torch.rand(n, c, 4, 4, generator=generator)
+    return torch.nn.functional.interpolate(small, (side, side), mode="bilinear") * 2 - 1
+
+
+def view(x, seed=0, number=0, **changes):
+    recipe = dataclasses.replace(STILL, **changes)
+    with isolated_rng(seed):
+        return ImageViews(recipe).global_view(x, number)
+
+
+@pytest.mark.parametrize("c", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["auto", *RECIPES])
+def test_views_have_the_size_asked_for_and_stay_in_range(name, c):
+    for shape in ((16, 16), (50, 60), (1, 9)):
+        x = pictures(5, c, 64)[..., : shape[0], : shape[1]]
+        with isolated_rng(0):
+            views = ImageViews(name, n_local=2)(x)
+        sizes = [tuple(v.shape) for v in views]
+        assert sizes[:2] == [tuple(x.shape)] * 2
+        assert sizes[2:] == [(5, c, *local_size(shape))] * 2
+        for v in views:
+            assert torch.isfinite(v).all()
+            assert v.abs().max() <= 1 + 1e-6
+        assert not torch.equal(views[0], views[1])
+
+
+def test_a_recipe_without_changes_changes_nothing():
+    x = pictures()
+    torch.testing.assert_close(view(x), x, atol=1e-4, rtol=0)
+
+
+def test_flips_and_turns_are_exact():
+    x = pictures()
+    torch.testing.assert_close(view(x, flip=1.0), x.flip(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(view(x, vertical_flip=1.0), x.flip(2), atol=1e-4, rtol=0)
+    turned = view(pictures(64), quarter_turns=True)
+    turns = [
+        min(range(4), key=lambda k, i=i: (pictures(64)[i].rot90(k, (1, 2)) - turned[i]).abs().max())
+        for i in range(64)
+    ]
+    assert set(turns) == {0, 1, 2, 3}
+    for i, k in enumerate(turns):
+        torch.testing.assert_close(turned[i], pictures(64)[i].rot90(k, (1, 2)), atol=1e-3, rtol=0)
+
+
+def test_each_image_has_its_own_view_and_its_share_is_flipped():
+    x = pictures(1).expand(400, -1, -1, -1)
+    flipped = view(x, flip=0.3)
+    share = ((flipped - x[0]).abs().amax((1, 2, 3)) > 0.01).float().mean().item()
+    assert share == pytest.approx(0.3, abs=0.08)
+    cropped = view(x, scale=(0.2, 0.9))
+    assert len({tuple(row) for row in cropped[:, 0, 0].round(decimals=4).tolist()}) == 400
+
+
+def test_crops_take_the_area_they_say():
+    # Of a ramp, a crop shows the range that it covers.
+    side = 64
+    ramp = torch.linspace(-1, 1, side)
+    x = torch.stack([ramp.expand(side, side), ramp[:, None].expand(side, side)]).expand(
+        300, 2, -1, -1
+    )
+    cropped = view(x, scale=(0.3, 0.5), aspect=(3 / 4, 4 / 3))
+    reach = cropped.amax((2, 3)) - cropped.amin((2, 3))
+    area = (reach[:, 0] * reach[:, 1] / 4).numpy()
+    assert area.min() > 0.25
+    assert area.max() < 0.53
+    assert area.mean() == pytest.approx(0.4, abs=0.02)
+    aspect = (reach[:, 0] / reach[:, 1]).numpy()
+    assert 0.72 < aspect.min() < 0.8
+    assert 1.25 < aspect.max() < 1.38
+
+
+def test_colours_equal_the_obvious_version():
+    # Brightness, saturation, hue, contrast in turn, one pixel at a time, from the same draws.
+    x = pictures(3)
+    changes = {
+        "brightness": 0.1,
+        "contrast": 0.1,
+        "saturation": 0.3,
+        "hue": 0.05,
+        "color_prob": 1.0,
+    }
+    ours = ((view(x, **changes) + 1) / 2).double().numpy()
+    with isolated_rng(0):
+        draws = [torch.empty(3, 1).uniform_(-1, 1) for _ in range(4)]  # crop: area, aspect, shifts
+        assert torch.rand(3, 1).max() < 1
+        names = ("brightness", "contrast", "hue", "saturation")
+        gain, contrast, turn, saturation = (
+            torch.empty(3, 1).uniform_(-changes[n], changes[n])[:, 0].double().numpy()
+            for n in names
+        )
+    del draws
+    unit = ((view(x) + 1) / 2).double().numpy()
+    luma = np.array([0.299, 0.587, 0.114])
+    yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    for b in range(3):
+        pixels = unit[b].reshape(3, -1) * (1 + gain[b])
+        y, i, q = yiq @ pixels
+        angle = 2 * np.pi * turn[b]
+        rotated = [y, np.cos(angle) * i - np.sin(angle) * q, np.sin(angle) * i + np.cos(angle) * q]
+        pixels = np.linalg.solve(yiq, np.array(rotated))
+        grey = luma @ pixels
+        pixels = grey + (1 + saturation[b]) * (pixels - grey)
+        middle = (luma @ pixels).mean()
+        pixels = middle + (1 + contrast[b]) * (pixels - middle)
+        np.testing.assert_allclose(ours[b].reshape(3, -1), pixels.clip(0, 1), atol=1e-3)
+
+
+def test_grey_and_inversion():
+    x = pictures()
+    grey = view(x, grey=1.0)
+    torch.testing.assert_close(grey, grey[:, :1].expand_as(grey))
+    luma = (x * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
+    torch.testing.assert_close(grey[:, 0], luma, atol=1e-3, rtol=0)
+    bright = view(x, number=1, solarise=(0.0, 1.0, 0.0))
+    torch.testing.assert_close(bright, torch.where(x >= 0, -x, x), atol=1e-3, rtol=0)
+    assert torch.equal(view(x, number=0, solarise=(0.0, 1.0, 0.0)), view(x))
+
+
+def test_blur_smooths_large_images_and_leaves_small_ones():
+    pytest.importorskip("kornia")
+    rough = torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    blurred = view(rough, blur=(1.0, 0.0, 0.0))
+    assert (blurred.var((1, 2, 3)) <= rough.var((1, 2, 3)) + 1e-4).all()
+    assert blurred.var() < 0.7 * rough.var()
+    small = rough[..., :32, :32]
+    assert torch.equal(view(small, blur=(1.0, 0.0, 0.0)), view(small))
+
+
+def test_tissue_keeps_its_stain():
+    # Angle of the optical density, which is what hue is to a stain.
+    generator = torch.Generator().manual_seed(0)
+    stains = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
+    density = torch.rand(16, 2, 12, 12, generator=generator) * 1.2
+    x = torch.exp(-torch.einsum("nshw,sc->nchw", density, stains)) * 2 - 1
+
+    def angles(images):
+        flat = -((images + 1) / 2).clamp(1e-3).log().mean((2, 3))
+        return flat / flat.norm(dim=1, keepdim=True)
+
+    with isolated_rng(0):
+        tissue, natural = (
+            torch.cat([ImageViews(name).global_view(x) for _ in range(4)])
+            for name in ("tissue", "natural")
+        )
+    before = angles(x).repeat(4, 1)
+    moved = [(before * angles(v)).sum(1).clamp(max=1).acos().mean() for v in (tissue, natural)]
+    assert moved[0] < 0.12
+    assert moved[0] < 0.5 * moved[1]
+
+
+def test_stain_jitter_equals_scikit_image():
+    color = pytest.importorskip("skimage.color")
+    x = pictures(2) * 0.6
+    unit = ((view(x) + 1) / 2).clamp(1 / 255).double()
+    ours = (view(x, stain=0.2, color_prob=0.0) + 1) / 2
+    with isolated_rng(0):
+        for _ in range(4):
+            torch.empty(2, 1).uniform_(-1, 1)
+        change = 1 + torch.empty(2, 3).uniform_(-0.2, 0.2).double().numpy()
+    basis = color.rgb_from_hed / np.linalg.norm(color.rgb_from_hed, axis=1, keepdims=True)
+    density = -np.log(unit.permute(0, 2, 3, 1).numpy())
+    amounts = density @ np.linalg.inv(basis) * change[:, None, None]
+    expected = np.exp(-amounts @ basis).clip(0, 1)
+    np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy(), expected, atol=2e-3)
+
+
+def test_recipes():
+    assert image_recipe("auto", 1) == RECIPES["greyscale"]
+    assert image_recipe("auto", 3) == RECIPES["natural"]
+    assert RECIPES["greyscale"].flip == 0
+    for value in ("hue", "saturation", "grey"):
+        assert getattr(RECIPES["tissue"], value) == 0
+    assert not any(RECIPES["tissue"].solarise)
+    changed = image_recipe({"recipe": "natural", "flip": 0.0, "blur": [0, 0, 0]}, 3)
+    assert changed == dataclasses.replace(RECIPES["natural"], flip=0.0, blur=(0, 0, 0))
+    with pytest.raises(ValueError, match="no recipe 'fancy'"):
+        image_recipe("fancy", 3)
+    with pytest.raises(ValueError, match="flop is no value of a recipe"):
+        image_recipe({"flop": 1}, 3)
+
+
+def test_a_function_can_make_the_views():
+    x = pictures()
+    with isolated_rng(0):
+        views = ImageViews(lambda batch: -batch, n_local=1)(x)
+    assert torch.equal(views[0], -x)
+    assert torch.equal(views[1], -x)
+    assert views[2].shape == (8, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "expected"),
+    [
+        ((224, 224), (16, 16), (96, 96)),
+        ((32, 32), (4, 4), (12, 12)),
+        ((64, 48), (4, 4), (28, 20)),
+        ((16, 16), (2, 2), (8, 8)),
+        ((8, 4), (2, 2), (8, 4)),
+    ],
+)
+def test_local_size(shape, patch, expected):
+    assert local_size(shape, patch) == expected
+
+
+def test_draws_come_from_torch_alone():
+    x = pictures(side=48)
+    with isolated_rng(3):
+        first = ImageViews(n_local=2)(x)
+    with isolated_rng(3):
+        second = ImageViews(n_local=2)(x)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

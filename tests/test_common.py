@@ -314,7 +314,7 @@ BAD = {
     "one sample": (lambda X: X[:1], "1 sample"),
     "one feature": (lambda X: X[:, :1], "1 feature"),
     "1-D": (lambda X: X[0], "1D array|1-dimensional|Expected 2D"),
-    "images": (lambda X: X.reshape(-1, 2, 2, 5), "dim 4"),
+    "images": (lambda X: X.reshape(-1, 2, 2, 5), "dim 4|channel-last array has 1 to 4 channels"),
     "strings": (lambda X: pd.DataFrame({"a": ["x"] * 9, "b": 1.0}), "hold no numbers: a"),
     "counts": (
         lambda X: sp.csr_matrix(np.random.default_rng(0).poisson(9, X.shape).astype(np.float32)),

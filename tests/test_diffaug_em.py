@@ -101,7 +101,7 @@ def test_e_steps_alone_are_the_encoder_by_itself(blobs):
 
 def test_one_run_is_the_algorithm_written_out(blobs):
     X = blobs[0]
-    model = tiny(schedule=(2, 3, 2), augmentation_prob=0.4, n_views=2).fit(X)
+    model = tiny(schedule=(2, 3, 2), augmentation_prob=0.8, n_views=2).fit(X)
     encoder = clone(model.encoder_).set_params(max_epochs=2, warm_start=True).fit(X)
     diffusion = clone(model.diffusion_).fit(X, embeddings=encoder.transform(X))
     y = encoder.transform(X)
@@ -128,6 +128,22 @@ def test_generated_views_reach_the_encoder(blobs):
     np.testing.assert_array_equal(without.shape, no_m.shape)
 
 
+@pytest.mark.parametrize(
+    ("share", "epochs", "n_views"),
+    [(0.1, 10, 1), (0.1, 25, 2), (0.5, 3, 2), (1.0, 9, 4), (0, 9, 1)],
+)
+def test_no_more_views_are_made_than_are_looked_at(blobs, monkeypatch, share, epochs, n_views):
+    made, views = [], EmbeddingConditionedDiffusion._views
+
+    def record(self, embeddings, n_views, seed):
+        made.append(n_views)
+        return views(self, embeddings, n_views, seed)
+
+    monkeypatch.setattr(EmbeddingConditionedDiffusion, "_views", record)
+    tiny(schedule=(1, 1, epochs), n_views=4, augmentation_prob=share).fit(blobs[0])
+    assert made == [n_views]
+
+
 def test_the_buffer_is_drawn_anew_at_each_switch(blobs, monkeypatch):
     drawn, used = [], []
     views, fit = EmbeddingConditionedDiffusion._views, SelfSupervisedEncoder.fit
@@ -142,7 +158,7 @@ def test_the_buffer_is_drawn_anew_at_each_switch(blobs, monkeypatch):
 
     monkeypatch.setattr(EmbeddingConditionedDiffusion, "_views", record_views)
     monkeypatch.setattr(SelfSupervisedEncoder, "fit", record_fit)
-    tiny(schedule=(2, 1, 2, 1, 2), n_views=2).fit(blobs[0])
+    tiny(schedule=(2, 1, 2, 1, 2), n_views=2, augmentation_prob=1.0).fit(blobs[0])
     assert used[0] is None
     assert not np.array_equal(used[1], used[2])
     (first, n_first, seed_first), (second, n_second, seed_second) = drawn
@@ -242,7 +258,7 @@ def test_automatic_parts(blobs):
     assert (encoder.batch_size, encoder.learning_rate, encoder.layer) == (77, 5e-4, "norm")
     assert encoder.random_state != model._part("auto", SelfSupervisedEncoder, 1, 0).random_state
     fitted = DiffAugEM(schedule=(1, 1, 1), random_state=0).fit(blobs[0])
-    assert fitted.transform(blobs[0]).shape[1] == fitted.encoder_.n_components
+    assert fitted.transform(blobs[0]).shape[1] == 50
 
 
 def test_wrong_parts_are_refused_before_any_work(blobs):

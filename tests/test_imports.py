@@ -15,25 +15,28 @@ HEAVY = "accelerate anndata diffusers matplotlib pandas pynndescent scanpy timm 
 OPTIONAL = [name for name in HEAVY if name not in ("pandas", "torch")]
 
 
-def reading_order():
-    """File names in the list of the package's docstring."""
-    return re.findall(r"\w+", diffaugkit.__doc__.split(":", 1)[1])
+FOLDERS = [PACKAGE, *(path.parent for path in PACKAGE.glob("*/__init__.py"))]
+
+
+def reading_order(folder=PACKAGE):
+    """File names in the list of the docstring of a package."""
+    document = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    return re.findall(r"\w+", document.rsplit(":", 1)[1])
 
 
 def imports(path):
-    """Yield (line, module of the package) of each import in a file, those in functions too."""
+    """Yield (line, names below diffaugkit) of each import in a file, those in functions too."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}:{node.lineno} imports relatively"
             if node.module == "diffaugkit":
-                for alias in node.names:
-                    yield node.lineno, alias.name
+                yield from ((node.lineno, [alias.name]) for alias in node.names)
             elif node.module.startswith("diffaugkit."):
-                yield node.lineno, node.module.split(".")[1]
+                yield node.lineno, node.module.split(".")[1:]
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "diffaugkit":
-                    yield node.lineno, [*alias.name.split("."), "__init__"][1]
+                    yield node.lineno, alias.name.split(".")[1:] or ["__init__"]
 
 
 def loaded_after(statement, names):
@@ -49,18 +52,32 @@ def seconds(module):
     return float(run.stdout)
 
 
-def test_every_file_is_in_the_list_once():
-    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert sorted(reading_order()) == sorted(files)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_file_is_in_the_list_once(folder):
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    files |= {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert sorted(reading_order(folder)) == sorted(files)
 
 
-@pytest.mark.parametrize("name", reading_order())
-def test_a_file_imports_only_from_files_before_it(name):
-    order = reading_order()
+@pytest.mark.parametrize(
+    ("folder", "name"), [(f, name) for f in FOLDERS for name in reading_order(f)], ids=str
+)
+def test_a_file_imports_only_from_files_before_it(folder, name):
+    order, top = reading_order(folder), reading_order()
     above = order[: order.index(name)]
-    wrong = [f"{name}.py:{line} imports {m}" for line, m in imports(PACKAGE / f"{name}.py")
-             if m not in above]  # fmt: skip
-    assert not wrong
+    files = [folder / f"{name}.py"]
+    if folder == PACKAGE and not files[0].exists():
+        files = sorted((folder / name).glob("*.py"))
+    for path in files:
+        for line, names in imports(path):
+            home, *rest = names
+            if folder == PACKAGE:
+                allowed = home in above or home == path.parent.name == name
+            elif home == folder.name:
+                allowed = not rest or rest[0] in above
+            else:
+                allowed = home in top[: top.index(folder.name)]
+            assert allowed, f"{path.name}:{line} imports {'.'.join(names)}"
 
 
 def test_the_package_imports_nothing_heavy():

@@ -10,7 +10,11 @@ from scipy import stats
 
 from diffaugkit.losses import (
     KERNELS,
+    dino_loss,
+    disentanglement_loss,
+    info_nce_queue,
     min_snr_weight,
+    negative_cosine,
     nt_xent,
     p2_weight,
     soft_contrastive,
@@ -273,6 +277,125 @@ def test_nt_xent_gradients_and_extremes():
         loss = nt_xent(x, -x, 0.05)
         loss.backward()
         assert torch.isfinite(loss)
+        assert torch.isfinite(x.grad).all()
+
+
+# ---- losses of images ----------------------------------------------------------------------------
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def crops(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@pytest.mark.parametrize("n_crops", [2, 5])
+def test_dino_equals_numpy(n_crops):
+    student, teacher, center = crops(n_crops, 3, 6), crops(2, 3, 6, seed=1), crops(6, seed=2)
+    terms = [
+        -np.sum(softmax((teacher[i, b] - center) / 0.07) * np.log(softmax(student[j, b] / 0.2)))
+        for i in range(2)
+        for j in range(n_crops)
+        for b in range(3)
+        if i != j
+    ]
+    tensors = (torch.tensor(student), torch.tensor(teacher), torch.tensor(center))
+    loss = dino_loss(*tensors, 0.2, 0.07)
+    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-10)
+    single = dino_loss(*(t.float() for t in tensors), 0.2, torch.tensor(0.07))
+    assert single.item() == pytest.approx(np.mean(terms), rel=1e-6)
+    listed = dino_loss(list(tensors[0]), list(tensors[1]), tensors[2], 0.2, 0.07)
+    assert listed.item() == loss.item()
+
+
+def test_dino_teaches_the_student_only_and_refuses_a_single_crop():
+    student, teacher = (torch.tensor(crops(2, 3, 6, seed=s), requires_grad=True) for s in (0, 1))
+    center = torch.zeros(6, dtype=torch.float64)
+    dino_loss(student, teacher, center).backward()
+    assert teacher.grad is None
+    assert torch.autograd.gradcheck(lambda s: dino_loss(s, teacher, center, 0.5, 0.3), (student,))
+    with pytest.raises(ValueError, match="two different crops"):
+        dino_loss(student[:1], teacher[:1], center)
+
+
+@pytest.mark.parametrize("alpha", [0.3, [0.0, 0.5, 1.0]])
+def test_disentanglement_equals_numpy(alpha):
+    ours, first, second = (crops(3, 6, seed=seed) for seed in range(3))
+    center, shares = crops(6, seed=4), np.broadcast_to(alpha, 3)
+    terms = []
+    for b in range(3):
+        mixed = shares[b] * first[b] + (1 - shares[b]) * second[b]  # Eq. 5: logits, and then ...
+        target = softmax((mixed - center) / 0.05)  # ... centred and sharpened, Eq. 6
+        terms.append(-np.sum(target * np.log(softmax(ours[b] / 0.1))))
+    given = torch.tensor(alpha, dtype=torch.float64)
+    tensors = [torch.tensor(a, requires_grad=True) for a in (ours, first, second)]
+    loss = disentanglement_loss(*tensors, given, torch.tensor(center), 0.1, 0.05)
+    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-10)
+    loss.backward()
+    assert tensors[0].grad.abs().sum() > 0
+    assert tensors[1].grad is None
+    assert tensors[2].grad is None
+
+
+def test_disentanglement_at_the_ends_is_dino_of_one_source():
+    ours, first, second, center = (torch.tensor(crops(1, 4, 6, seed=s)) for s in range(4))
+    center = center[0, 0]
+    both = torch.cat([ours, ours]), torch.cat([first, first])
+    for alpha, source in ((1.0, first), (0.0, second)):
+        loss = disentanglement_loss(ours[0], first[0], second[0], alpha, center)
+        same = dino_loss(torch.cat([ours, ours]), torch.cat([source, source]), center)
+        assert loss.item() == pytest.approx(same.item(), rel=1e-12)
+    assert dino_loss(*both, center) != loss
+
+
+def test_info_nce_queue_equals_numpy():
+    queries, keys, queue = crops(4, 3), crops(4, 3, seed=1), crops(7, 3, seed=2)
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    q, k, old = unit(queries), unit(keys), unit(queue)
+    terms = [
+        -np.log(softmax(np.concatenate([[q[i] @ k[i]], old @ q[i]]) / 0.3)[0]) for i in range(4)
+    ]
+    tensors = [torch.tensor(a, requires_grad=True) for a in (queries, keys, queue)]
+    loss = info_nce_queue(*tensors, temperature=0.3)
+    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-10)
+    loss.backward()
+    assert tensors[1].grad is None
+    assert torch.autograd.gradcheck(lambda a: info_nce_queue(a, *tensors[1:]), (tensors[0],))
+
+
+def test_negative_cosine_equals_numpy():
+    a, b = crops(5, 3), crops(5, 3, seed=1)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    tensors = [torch.tensor(x, requires_grad=True) for x in (a, b)]
+    loss = negative_cosine(*tensors)
+    assert loss.item() == pytest.approx(-np.mean((a * b).sum(1) / lengths), rel=1e-10)
+    # BYOL's Eq. 2: squared distance of normalised vectors.
+    unit_a, unit_b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    byol = np.mean(((unit_a - unit_b) ** 2).sum(1))
+    assert 2 + 2 * loss.item() == pytest.approx(byol, rel=1e-10)
+    loss.backward()
+    assert tensors[1].grad is None
+    assert torch.autograd.gradcheck(lambda x: negative_cosine(x, tensors[1]), (tensors[0],))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e4])
+def test_image_losses_are_finite_at_extremes(scale):
+    x = (scale * torch.ones(2, 3, 4)).requires_grad_()
+    center = torch.zeros(4)
+    for loss in (
+        dino_loss(x, -x, center),
+        disentanglement_loss(x[0], x[1], -x[0], 0.5, center),
+        info_nce_queue(x[0], x[1], -x[0]),
+        negative_cosine(x[0], -x[1]),
+    ):
+        assert torch.isfinite(loss)
+        loss.backward(retain_graph=True)
         assert torch.isfinite(x.grad).all()
 
 

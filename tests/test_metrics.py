@@ -1,34 +1,45 @@
 """Each score against a slow, obvious version of itself, closed forms, and what must not matter."""
 
+import pickle
 from itertools import permutations
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
+from sklearn import config_context
 from sklearn.datasets import make_blobs
-from sklearn.model_selection import LeaveOneOut, StratifiedKFold
+from sklearn.decomposition import PCA
+from sklearn.mixture import GaussianMixture
+from sklearn.model_selection import GridSearchCV, LeaveOneOut, StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from diffaugkit import metrics
 from diffaugkit.metrics import (
     QualityReport,
     clustering_accuracy,
     copy_ratio,
     frechet_distance,
+    frechet_scorer,
     kernel_distance,
+    kernel_scorer,
     kmeans_scores,
     knn_accuracy,
     label_consistency,
     linear_probe_accuracy,
     linear_svm_accuracy,
+    make_embedding_scorer,
+    make_generation_scorer,
+    nearest_training_samples,
     precision_recall,
     quality_report,
+    retrieval_map,
     spread_ratio,
 )
+from diffaugkit.metrics import generation as generation_metrics
 
 
 def normal(*shape, seed=0):
@@ -210,7 +221,10 @@ def test_kernel_distance_equals_the_double_loop(monkeypatch):
     whole = kernel_distance(real, generated)
     # Blocks of one row must give what one block gives.
     monkeypatch.setattr(
-        metrics, "gen_batches", lambda n, _: (slice(i, i + 1) for i in range(n)), raising=True
+        generation_metrics,
+        "gen_batches",
+        lambda n, _: (slice(i, i + 1) for i in range(n)),
+        raising=True,
     )
     assert kernel_distance(real, generated) == pytest.approx(whole, rel=1e-12)
 
@@ -292,6 +306,111 @@ def test_spread_ratio():
     assert spread_ratio(Y, X) == pytest.approx(known)
 
 
+# ------------------------------------------------------------------ extractors, classes, scorers
+
+
+def channel_means(images):
+    """An extractor that is a plain function of a batch of images."""
+    assert len(images) <= 256
+    return images.reshape(len(images), -1, 3).mean(axis=1)
+
+
+class TensorMeans:
+    """An extractor with a transform, that returns tensors."""
+
+    def transform(self, images):
+        return torch.from_numpy(channel_means(images[:256])).requires_grad_()
+
+
+@pytest.mark.parametrize("score", [frechet_distance, kernel_distance])
+def test_distances_under_an_extractor(score):
+    rng = np.random.default_rng(0)
+    real, generated = rng.integers(255, size=(300, 4, 5, 3)), rng.integers(99, size=(250, 4, 5, 3))
+    known = score(real.reshape(300, 20, 3).mean(axis=1), generated.reshape(250, 20, 3).mean(axis=1))
+    # 300 images are more than one batch.
+    assert score(real, generated, extractor=channel_means) == pytest.approx(known, rel=1e-12)
+    few = real[:250], generated
+    assert score(*few, extractor=TensorMeans()) == score(*few, extractor=channel_means)
+    pca = PCA(2).fit(normal(40, 5))
+    X, Y = normal(30, 5), normal(20, 5, seed=1)
+    assert score(X, Y, extractor=pca) == score(pca.transform(X), pca.transform(Y))
+
+
+@pytest.mark.parametrize("score", [frechet_distance, kernel_distance])
+def test_distances_per_class(score):
+    X, Y = normal(60, 3), 1.5 * normal(50, 3, seed=1)
+    x, y = (
+        np.array(["b", "a", "c"])[np.arange(60) % 3],
+        np.array(["c", "a", "b"])[np.arange(50) % 3],
+    )
+    values = score(X, Y, labels=x, generated_labels=y)
+    assert list(values) == ["a", "b", "c"]
+    for name in "abc":
+        assert values[name] == score(X[x == name], Y[y == name])
+
+
+def test_nearest_training_samples():
+    real = normal(200, 4)
+    generated = np.r_[normal(30, 4, seed=1), real[:5]]
+    distance, index = nearest_training_samples(generated, real)
+    all_pairs = cdist(generated, real)
+    assert np.array_equal(index, all_pairs.argmin(axis=1))
+    assert np.allclose(distance, all_pairs.min(axis=1), atol=1e-12)
+    assert np.array_equal(distance[-5:], np.zeros(5))
+    pca = PCA(2).fit(real)
+    distance, index = nearest_training_samples(generated, real, extractor=pca)
+    all_pairs = cdist(pca.transform(generated), pca.transform(real))
+    assert np.array_equal(index, all_pairs.argmin(axis=1))
+
+
+class Copier(GaussianMixture):
+    """A mixture that can also augment."""
+
+    def augment(self, X):
+        return np.asarray(X) + 1.0
+
+
+@pytest.mark.parametrize("scorer", [frechet_scorer, kernel_scorer])
+def test_scorers_find_the_better_generator(scorer, blobs):
+    X, _ = blobs
+    model = GaussianMixture(random_state=0)
+    search = GridSearchCV(model, {"n_components": [1, 3]}, scoring=scorer, cv=3)
+    with config_context(enable_metadata_routing=True):
+        assert search.fit(X).best_params_ == {"n_components": 3}
+    fitted = search.best_estimator_
+    score = {frechet_scorer: frechet_distance, kernel_scorer: kernel_distance}[scorer]
+    assert scorer(fitted, X) == -score(X, fitted.sample(len(X))[0])
+    assert pickle.loads(pickle.dumps(scorer))(fitted, X) == scorer(fitted, X)
+    assert score.__name__ in repr(scorer)
+
+
+def test_scorers_with_other_settings(blobs):
+    X, _ = blobs
+    model, pca = Copier(random_state=0).fit(X), PCA(2).fit(X)
+    scorer = make_generation_scorer(frechet_distance, method="augment", extractor=pca)
+    assert scorer(model, X) == -frechet_distance(X, X + 1.0, extractor=pca)
+    scorer = make_generation_scorer(frechet_distance, n_samples=33)
+    assert scorer(model, X) == -frechet_distance(X, model.sample(33)[0])
+    scorer = make_generation_scorer(spread_ratio, greater_is_better=True)
+    assert scorer(model, X) == spread_ratio(X, model.sample(120)[0])
+    with pytest.raises(ValueError, match="PCA has no method 'sample'"):
+        frechet_scorer(pca, X)
+
+
+def test_scorers_of_encoders(blobs):
+    X, y = blobs
+    scorer = make_embedding_scorer(retrieval_map, average="micro")
+    pca = PCA(2).fit(X)
+    assert scorer(pca, X, y) == retrieval_map(pca.transform(X), y, average="micro")
+    noisy = np.c_[X - X.mean(axis=0), 5.0 * normal(120, 6)]
+    scorer = make_embedding_scorer(retrieval_map)
+    search = GridSearchCV(PCA(), {"n_components": [1, 4, 10]}, scoring=scorer, cv=3).fit(noisy, y)
+    assert len(search.cv_results_["mean_test_score"]) == 3
+    folds = cross_val_score(PCA(4), noisy, y, scoring=scorer, cv=3)
+    assert search.cv_results_["mean_test_score"][1] == pytest.approx(folds.mean())
+    assert "retrieval_map" in repr(scorer)
+
+
 # ------------------------------------------------------------------ the report
 
 
@@ -304,7 +423,11 @@ def test_quality_report_of_copies_is_that_of_the_real_samples():
     assert report.copy_ratio == 0.0
     assert report.near_copies
     assert report.frechet_distance == pytest.approx(0.0, abs=1e-10)
-    assert report.n_generated == 120
+    assert report.n_generated == report.n_real == 120
+    # Copies are nearer to a real sample than real samples are to each other.
+    assert report.nearest_distance == 0.0
+    between = np.sort(cdist(X, X), axis=1)[:, 1]
+    assert report.real_nearest_distance == pytest.approx(np.median(between))
 
 
 def test_quality_report_equals_its_parts(blobs):
@@ -345,6 +468,17 @@ def test_quality_report_measures_labels_in_the_embedding(blobs):
     assert embedded.frechet_distance == plain.frechet_distance
 
 
+def test_quality_report_of_images_under_an_extractor():
+    images = np.random.default_rng(0).integers(255, size=(120, 4, 5, 3))
+    y, source = np.arange(120) % 2, np.arange(119, -1, -1)
+    features = channel_means(images)
+    report = quality_report(images[source], source, images, extractor=channel_means, labels=y)
+    assert report == quality_report(features[source], source, features, labels=y)
+    assert report.copy_ratio == 0.0
+    with pytest.raises(ValueError, match="int row numbers"):
+        quality_report(images, images, images, extractor=channel_means)
+
+
 def test_quality_report_without_labels_or_sources(blobs):
     X, y = blobs
     report = quality_report(X + 0.1, np.arange(120), X)
@@ -363,12 +497,12 @@ def test_quality_report_prints_and_tabulates():
     report = QualityReport(0.9, 0.95, 1.01, 0.8, 0.7, 0.12, 1.5, 1e-5, 100)
     text = str(report)
     assert text.splitlines()[0] == "Quality of 100 generated samples"
-    assert len(text.splitlines()) == 8
+    assert len(text.splitlines()) == 9
     assert "held-out real: 0.950" in text
     assert "near-copies!" in text
     assert "1e-05" in text
     frame = report.to_frame()
-    assert frame.shape == (1, 9)
+    assert frame.shape == (1, 12)
     assert frame.loc[0, "copy_ratio"] == 0.12
     assert len(pd.concat([frame, frame])) == 2
     with pytest.raises(AttributeError):
@@ -432,6 +566,23 @@ def test_one_sample_is_too_few(score):
         (lambda: copy_ratio(normal(3, 2), normal(3, 4), normal(9, 2)), "source has 4 features"),
         (lambda: copy_ratio(normal(3, 2), [0, 1, 2], np.ones((9, 2))), "two different rows"),
         (lambda: spread_ratio(normal(3, 2), np.ones((9, 2))), "all rows of real are equal"),
+        (lambda: frechet_distance(normal(9, 2), normal(9, 2), labels=[0] * 9), "both labels and"),
+        (
+            lambda: frechet_distance(
+                normal(3, 2), normal(3, 2), labels=[0, 1, 1], generated_labels=[1, 1, 0]
+            ),
+            "class 0 has 1 real and 1 generated",
+        ),
+        (
+            lambda: kernel_distance(
+                normal(2, 2), normal(2, 2), labels=["a", "a"], generated_labels=["a", "b"]
+            ),
+            r"\['b'\] are in one of them only",
+        ),
+        (
+            lambda: frechet_distance(normal(9, 2), normal(9, 2), extractor=lambda X: X[:1]),
+            r"one row of features per sample: it gave shape \(1, 2\) for the 9 samples of real",
+        ),
         (lambda: label_consistency([[0.0]], ["x"], normal(9, 1), ["a"] * 9, 3), r"\['x'\]"),
         (lambda: label_consistency([[0.0]], ["a"], normal(9, 1), ["a"] * 9), "only 9 real"),
         (
@@ -445,6 +596,11 @@ def test_one_sample_is_too_few(score):
 def test_errors_say_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_extractor_that_is_none_is_refused():
+    with pytest.raises(TypeError, match=r"fitted estimator with transform, or a callable, got str"):
+        frechet_distance(normal(9, 2), normal(9, 2), extractor="inception")
 
 
 def test_inputs_and_global_randomness_stay_as_they_are(blobs):

@@ -1,13 +1,27 @@
-"""Denoisers: the contract, Listing 2 recomputed plainly, gradients, bfloat16."""
+"""Denoisers of vectors, and networks that embed, against their formulas recomputed plainly."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from diffaugkit.denoisers import DENOISERS, DiffAugDenoiser, MLPDenoiser, sinusoidal_embedding
+from diffaugkit.networks import (
+    DINOHead,
+    EmbeddingMLP,
+    ImageEmbedder,
+    class_attention,
+    feature_width,
+    image_features,
+    make_backbone,
+    mlp_head,
+    patch_tokens,
+    small_resnet,
+    small_vit,
+)
 
 
 def make(name, n_features=7, n_condition=3, **kwargs):
@@ -242,3 +256,206 @@ def test_mlp_forward_is_the_formula():
     expected = linear("output", norm(h) * parts[4] + parts[5]) + parts[6] * xn
     got = denoiser(x.double(), t, cond.double()).detach().numpy()
     np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+# ---- networks for images -------------------------------------------------------------------------
+
+
+def images(n=3, c=3, h=16, w=16):
+    return torch.randn(n, c, h, w, generator=torch.Generator().manual_seed(3))
+
+
+def seeded(make, *args, **kwargs):
+    torch.manual_seed(0)
+    return make(*args, **kwargs).eval()
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 8, 1), (28, 28, 1), (1, 7, 1), (3, 2, 1), (32, 20, 3), (80, 100, 2)]
+)
+@pytest.mark.parametrize("name", ["small_resnet", "small_vit"])
+def test_small_backbones_take_their_images_and_other_sizes(name, shape):
+    h, w, c = shape
+    backbone = seeded(make_backbone, name, shape)
+    width = feature_width(backbone, shape)
+    for size in ((h, w), (8, 8), (h + 3, w + 5)):
+        assert backbone(images(2, c, *size)).shape == (2, width)
+    x = images(4, c, h, w)
+    torch.testing.assert_close(backbone(x[:1]), backbone(x)[:1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("resnet18", 512),
+        ("vit_tiny_patch16_224", 192),
+        ("convnext_atto", 320),
+        ("swin_tiny_patch4_window7_224", 768),
+    ],
+)
+@pytest.mark.slow
+def test_timm_models_of_every_family(name, width):
+    backbone = seeded(make_backbone, name, (64, 64, 1), drop_path=0.1)
+    assert backbone(images(2, 1, 64, 64)).shape == (2, width)
+    assert feature_width(backbone, (64, 64, 1)) == width
+
+
+def test_unknown_backbones_are_refused():
+    with pytest.raises(ValueError, match="backbone='resnet_of_mine' is neither"):
+        make_backbone("resnet_of_mine", (8, 8, 1))
+    with pytest.raises(ValueError, match="some of its"):
+        make_backbone("resnet1", (8, 8, 1))
+
+
+def test_readings_of_a_transformer():
+    vit = seeded(small_vit, (16, 16, 3), width=12, depth=5, heads=2)
+    x = images()
+    tokens = vit.forward_features(x)
+    cls, patches = tokens[:, 0], tokens[:, 1:]
+    torch.testing.assert_close(image_features(vit, x, "cls"), cls)
+    torch.testing.assert_close(image_features(vit, x), cls)
+    torch.testing.assert_close(image_features(vit, x, "pooled"), patches.mean(1))
+    torch.testing.assert_close(patch_tokens(vit, x), patches)
+    last = image_features(vit, x, "last_n", 3)
+    assert last.shape == (3, 36) == (3, feature_width(vit, (16, 16, 3), "last_n", 3))
+    torch.testing.assert_close(last[:, -12:], cls)
+    # The blocks before the last, run by hand.
+    hidden = vit._pos_embed(vit.patch_embed(x))
+    for block in vit.blocks[:3]:
+        hidden = block(hidden)
+    torch.testing.assert_close(last[:, :12], vit.norm(hidden)[:, 0])
+
+
+def test_pooled_maps_of_a_cnn_are_its_output():
+    resnet = seeded(small_resnet, (16, 16, 3))
+    torch.testing.assert_close(image_features(resnet, images(), "pooled"), resnet(images()))
+    for features in ("cls", "last_n"):
+        with pytest.raises(ValueError, match=r"needs a vision transformer.*features='pooled'"):
+            image_features(resnet, images(), features)
+    with pytest.raises(ValueError, match="needs a vision transformer"):
+        class_attention(resnet, images())
+    with pytest.raises(ValueError, match="needs a vision transformer"):
+        patch_tokens(resnet, images())
+    with pytest.raises(ValueError, match=r"must map images .* gave \(3, 4, 16, 16\)"):
+        image_features(nn.Conv2d(3, 4, 1), images())
+
+
+def test_attention_is_the_softmax_of_the_last_block():
+    vit = seeded(small_vit, (16, 12, 3), width=12, depth=2, heads=3)
+    x = images(h=16, w=12)
+    maps = class_attention(vit, x)
+    assert maps.shape == (3, 3, 8, 6)
+    hidden = vit.blocks[0](vit._pos_embed(vit.patch_embed(x)))
+    block = vit.blocks[1]
+    qkv = block.attn.qkv(block.norm1(hidden)).reshape(3, 49, 3, 3, 4)
+    for head in range(3):
+        q, k = qkv[:, :1, 0, head], qkv[:, :, 1, head]
+        weights = (q @ k.transpose(1, 2) / 2.0).softmax(-1)[:, 0]
+        torch.testing.assert_close(maps[:, head].flatten(1), weights[:, 1:])
+    first = class_attention(vit, x, 0)
+    assert not torch.equal(first, maps)
+    assert torch.equal(class_attention(vit, x, -2), first)
+    with pytest.raises(ValueError, match="layer=2 must be from -2 to 1"):
+        class_attention(vit, x, 2)
+    assert not vit.blocks[1].attn._forward_pre_hooks
+
+
+def test_dino_head_gives_cosines_and_can_hold_its_prototypes():
+    head = seeded(DINOHead, 6, 10, 16, 8)
+    y = images(4, 1, 1, 6).flatten(1)
+    z = head(y)
+    bottleneck = head.mlp(y)
+    expected = nn.functional.cosine_similarity(bottleneck[:, None], head.prototypes[None], dim=-1)
+    torch.testing.assert_close(z, expected)
+    head(y, torch.tensor(0.0)).sum().backward()
+    assert not head.prototypes.grad.any()
+    assert head.mlp[0].weight.grad.any()
+    torch.testing.assert_close(head(y, torch.tensor(0.0)), z)
+    torch.testing.assert_close(head(y, torch.tensor(1.0)), z)
+    head(y, torch.tensor(1.0)).sum().backward()
+    assert head.prototypes.grad.any()
+    free = seeded(DINOHead, 6, 10, 16, 8, norm_last=False)
+    assert free.gain.shape == (10,)
+
+
+def test_heads():
+    assert [type(m).__name__ for m in mlp_head(4, 8, 2)] == [
+        "Linear",
+        "BatchNorm1d",
+        "ReLU",
+        "Linear",
+    ]
+    assert [type(m).__name__ for m in mlp_head(4, 8, 2, norm_hidden=False)] == [
+        "Linear",
+        "ReLU",
+        "Linear",
+    ]
+    last = mlp_head(4, 8, 2, norm_last=True)[-1]
+    assert isinstance(last, nn.BatchNorm1d)
+    assert last.weight is None
+
+
+def test_embedders():
+    resnet = seeded(small_resnet, (8, 8, 1), 4)
+    network = ImageEmbedder(resnet, 16, 5, nn.Linear(5, 3)).eval()
+    y, z = network(images(2, 1, 8, 8))
+    assert y.shape == (2, 5)
+    assert z.shape == (2, 3)
+    assert torch.equal(network.embed(images(2, 1, 8, 8)), y)
+    mlp = EmbeddingMLP(6, 4, head=nn.Linear(4, 9))
+    y, z = mlp(torch.randn(5, 6))
+    assert torch.equal(z, mlp.head(y))
+
+
+# ---- weights from files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", ["plain", "safetensors", "teacher", "module"])
+def test_weights_come_from_a_file(tmp_path, wrap):
+    source = seeded(make_backbone, "small_resnet", (8, 8, 1))
+    weights = {k: v + 1 if v.is_floating_point() else v for k, v in source.state_dict().items()}
+    path = tmp_path / "weights.pth"
+    if wrap == "safetensors":
+        path = tmp_path / "weights.safetensors"
+        save_file(weights, path)
+    elif wrap == "teacher":
+        head = {"head.weight": torch.zeros(3)}
+        torch.save({"teacher": {f"backbone.{k}": v for k, v in weights.items()} | head}, path)
+    else:
+        prefix = "module." if wrap == "module" else ""
+        torch.save({prefix + k: v for k, v in weights.items()}, path)
+    loaded = make_backbone("small_resnet", (8, 8, 1), pretrained=path)
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+    fresh = seeded(make_backbone, "small_resnet", (8, 8, 1), pretrained=path, load=False)
+    assert torch.equal(fresh.conv1.weight, source.conv1.weight)
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code of a file was run')",)
+
+
+def test_files_that_do_not_fit_or_hold_code_are_refused(tmp_path):
+    path = tmp_path / "bomb.pth"
+    torch.save({"x": Bomb()}, path)
+    with pytest.raises(ValueError, match="holds more than tensors, and is not read"):
+        make_backbone("small_resnet", (8, 8, 1), pretrained=path)
+    torch.save(make_backbone("small_resnet", (8, 8, 3)).state_dict(), path)
+    with pytest.raises(ValueError, match=r"lacks 1 of the \d+ weights.*conv1.weight"):
+        make_backbone("small_resnet", (8, 8, 1), pretrained=path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="lacks"):
+        make_backbone("small_resnet", (8, 8, 1), pretrained=path)
+    with pytest.raises(ValueError, match="is no file"):
+        make_backbone("small_resnet", (8, 8, 1), pretrained=tmp_path / "missing.pth")
+    with pytest.raises(ValueError, match="is no file, and no tag"):
+        make_backbone("small_resnet", (8, 8, 1), pretrained="dino")
+
+
+def test_a_module_is_copied():
+    own = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    made = make_backbone(own, (2, 2, 3))
+    assert made is not own
+    assert feature_width(made, (2, 2, 3)) == 5
+    assert torch.equal(made[1].weight, own[1].weight)

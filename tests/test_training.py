@@ -194,6 +194,44 @@ def test_weight_decay_spares_biases_and_gains(toy):
     assert all((p < 1).all() if p.ndim > 1 else (p == 1).all() for p in module.parameters())
 
 
+def test_each_gradient_is_clipped_on_its_own(toy, monkeypatch):
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        seen.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    train(toy, max_epochs=1)
+    free = seen.copy()
+    seen.clear()
+    train(toy, max_epochs=1, grad_clip=0.01, clip_each=True)
+    clipped = 0
+    for before, after in zip(free[0], seen[0], strict=True):  # the weights are still the same
+        norm = float(before.norm())
+        expected = before * min(1.0, 0.01 / (norm + 1e-6))
+        torch.testing.assert_close(after, expected)
+        clipped += norm > 0.01
+    assert clipped > 0
+
+
+def test_weight_decay_follows_its_cosine(toy, monkeypatch):
+    decays = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        decays.append([group["weight_decay"] for group in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    train(toy, max_epochs=2, batch_size=10, weight_decay=0.04, final_weight_decay=0.4)
+    n = len(decays)
+    expected = 0.4 + (0.04 - 0.4) * 0.5 * (1 + np.cos(np.pi * np.arange(n) / n))
+    np.testing.assert_allclose([matrices for matrices, _ in decays], expected, rtol=1e-12)
+    assert all(gains == 0 for _, gains in decays)
+
+
 def test_frozen_and_unused_parameters_stay(toy, tmp_path):
     module = nn.ModuleDict({"used": network(norm=False), "unused": network(2)})
     module["used"][0].requires_grad_(False)

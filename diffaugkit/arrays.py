@@ -1,0 +1,67 @@
+"""Arrays from tensors, and from images of any layout: needed by metrics and displays alike."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# Numbers of channels by which an axis is known to be that of the channels.
+_CHANNELS = (1, 3, 4)
+
+
+def to_numpy(X):
+    """Return tensors, on any device and of any precision, as arrays; leave all else as it is."""
+    if not hasattr(X, "detach"):
+        return X
+    X = X.detach().cpu()
+    # NumPy knows no bfloat16.
+    return (X.float() if str(X.dtype) == "torch.bfloat16" else X).numpy()
+
+
+def channel_last(images: Any, image_shape: Sequence[int] | None = None) -> np.ndarray:
+    """Return images of any layout as an array (n, h, w, c), values as they are.
+
+    Arrays are channel-last unless only their second axis has 1, 3 or 4 entries, tensors
+    channel-first unless only their last has; (n, h, w) is greyscale, and (n, h * w * c) needs
+    `image_shape`. Lists of arrays, tensors or PIL images are stacked.
+    """
+    first = hasattr(images, "detach")
+    if isinstance(images, list | tuple):
+        first = len(images) > 0 and all(hasattr(image, "detach") for image in images)
+        images = np.stack([np.asarray(to_numpy(image)) for image in images])
+    images = np.asarray(to_numpy(images))
+    if images.ndim == 2 and image_shape is not None:
+        shape = tuple(image_shape)
+        if len(shape) not in (2, 3) or math.prod(shape) != images.shape[1]:
+            raise ValueError(
+                f"image_shape={image_shape} must be (h, w) or (h, w, c) with a product of "
+                f"{images.shape[1]}, the number of columns."
+            )
+        return images.reshape(len(images), *(shape if len(shape) == 3 else (*shape, 1)))
+    if images.ndim == 3:
+        return images[..., None]
+    if images.ndim != 4:
+        raise ValueError(
+            f"images must be of shape (n, h, w, c), (n, c, h, w) or (n, h, w), got "
+            f"{images.shape}; give image_shape for flattened images."
+        )
+    early, late = images.shape[1] in _CHANNELS, images.shape[3] in _CHANNELS
+    if not early and not late:
+        raise ValueError(f"images must have 1, 3 or 4 channels, got shape {images.shape}.")
+    return np.moveaxis(images, 1, -1) if early and (first or not late) else images
+
+
+def guess_range(images: np.ndarray) -> tuple[float, float]:
+    """Return the values of black and white.
+
+    (0, 255) for uint8; else (0, 1) or (-1, 1) if all values lie in it, else the least and the
+    largest value.
+    """
+    if images.dtype == np.uint8:
+        return 0.0, 255.0
+    low, high = float(images.min()), float(images.max())
+    for known in ((0.0, 1.0), (-1.0, 1.0)):
+        if known[0] <= low and high <= known[1]:
+            return known
+    return low, high

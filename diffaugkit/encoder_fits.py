@@ -1,0 +1,385 @@
+"""What a fit of the encoder consists of: its views, network, objective and batches.
+
+One class for vectors and one for images, with the same face: ``module`` is the objective, ``loss``
+what the loop calls with a batch, ``batches`` where these come from, ``fitted`` what the estimator
+keeps of it all beside the network.
+"""
+
+import math
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import column_or_1d
+
+from diffaugkit.augmentations import (
+    ImageViews,
+    image_recipe,
+    local_size,
+    nearest_neighbors,
+    neighbor_mixup,
+)
+from diffaugkit.data import check_X
+from diffaugkit.decomposition import PrincipalComponents, principal_components
+from diffaugkit.image_rows import to_unit
+from diffaugkit.networks import patch_size
+from diffaugkit.rows import DenseRows, MappedRows
+from diffaugkit.training import isolated_rng, make_batches
+
+__all__ = ["ImageFit", "VectorFit", "auto_epochs", "linear_space", "project_rows"]
+
+_DEFAULT_NEIGHBORS = 30
+
+
+class VectorFit:
+    """Objective, batches and loss of one fit on vectors."""
+
+    def __init__(self, encoder, rows, positives, interpolations, groups, seed):
+        device = encoder._device()
+        self.encoder, self.seed = encoder, seed
+        if interpolations is not None:
+            raise ValueError("interpolations are for images; for vectors there are positives.")
+        going_on = encoder._goes_on()
+        if going_on and encoder.image_shape_ is not None:
+            raise ValueError(
+                "warm_start=True goes on with a fit on images, but these are vectors; set "
+                "warm_start=False."
+            )
+        if going_on:
+            self.space = encoder.mean_, encoder.components_, encoder.scale_
+        else:
+            self.space = _fit_space(rows, encoder.n_pcs)
+        inputs = project_rows(rows, *self.space)
+        k = encoder.n_neighbors
+        if k == "auto":
+            k = min(_DEFAULT_NEIGHBORS, max(5, len(rows) // 10), len(rows) - 1)
+        # Neighbours depend on the directions alone, neither on the scale nor on the seed.
+        key = (k, None if self.space[1] is None else self.space[1].tobytes())
+        memo = rows._memo.get("neighbors")
+        if memo is None or memo[0] != key:
+            memo = rows._memo["neighbors"] = (key, nearest_neighbors(inputs, k))
+        views = _positive_views(positives, rows, self.space)
+        self.inputs = inputs.tensor.to(device) if inputs.resident else inputs
+        self.batches = make_batches(
+            inputs,
+            memo[1],
+            *views,
+            batch_size=encoder.batch_size,
+            seed=encoder._child_seed(seed, 1),
+            device=device,
+        )
+        self.method = encoder._method(images=False)
+        out_dim = auto_out_dim(encoder, rows, self.method)
+        self.module = _make_objective(
+            self,
+            lambda: encoder._make_network(inputs.shape[1], out_dim),
+            images=False,
+            out_dim=out_dim,
+        )
+        names = ("mean_", "components_", "scale_")
+        self.fitted = dict(zip(names, self.space, strict=True))
+        self.fitted |= {"image_shape_": None, "out_dim_": out_dim}
+
+    def loss(self, x, neighbors, *generated):
+        """Loss of rows (B, d), positions of their neighbours (B, k) and generated views (B, d)."""
+        encoder, n = self.encoder, len(x)
+        view_a = neighbor_mixup(x, neighbors, self.inputs)
+        view_b = neighbor_mixup(x, neighbors, self.inputs)
+        prob = 0.1 if encoder.positives_prob == "auto" else encoder.positives_prob
+        if generated:
+            pick = torch.randint(len(generated), (n, 1), device=x.device)
+            replace = torch.rand(n, 1, device=x.device) < prob
+            for number, view in enumerate(generated):
+                view_b = torch.where(replace & (pick == number), view, view_b)
+        losses = self.module.loss([view_a, view_b])
+        return losses["loss"] if has_map(self.method, None) else losses
+
+
+class ImageFit:
+    """Objective, batches and loss of one fit on images."""
+
+    def __init__(self, encoder, rows, positives, interpolations, groups, seed):
+        device = encoder._device()
+        self.encoder, self.seed = encoder, seed
+        self.method = encoder._method(images=True)
+        _, channels, height, width = rows.shape
+        shape = height, width, channels
+        self.range = rows.pixel_range
+        if encoder._goes_on():
+            if encoder.image_shape_ != shape:
+                raise ValueError(
+                    f"warm_start=True goes on with images of {encoder.image_shape_}, but these are "
+                    f"of {shape}; set warm_start=False."
+                )
+        generated = _positive_images(positives, rows, encoder)
+        self.n_generated = len(generated)
+        self.ranges = [view.pixel_range for view in generated]
+        between = self._check_interpolations(interpolations, groups, rows)
+        self.batches = make_batches(
+            rows,
+            None,
+            *generated,
+            *between,
+            batch_size=encoder.batch_size,
+            seed=encoder._child_seed(seed, 1),
+            device=device,
+        )
+        self.inputs = self.batches.sources[0]
+        out_dim = auto_out_dim(encoder, rows, self.method)
+        self.module = _make_objective(
+            self,
+            lambda: encoder._make_image_network(shape, out_dim),
+            images=True,
+            out_dim=out_dim,
+        )
+        self.views = self._make_views(shape)
+        self.fitted = {
+            "image_shape_": shape,
+            "out_dim_": out_dim,
+            "_n_embedding": self.module.network.n_components,
+            "mean_": None,
+            "components_": None,
+            "scale_": None,
+        }
+
+    def _make_views(self, shape):
+        encoder = self.encoder
+        n_local = encoder.n_local_crops
+        if n_local == "auto":
+            n_local = _auto_local_crops(shape, encoder.augmentation)
+        if self.method != "dino":
+            n_local = 0
+        patch = patch_size(self.module.network.backbone) or (1, 1)
+        size = local_size(shape[:2], patch)
+        if not callable(encoder.augmentation):
+            image_recipe(encoder.augmentation, shape[2])  # a wrong name fails here, not in a step
+        return ImageViews(encoder.augmentation, n_local=n_local, local_size=size)
+
+    def _check_interpolations(self, interpolations, groups, rows):
+        """Give what a batch holds: interpolated images, positions of their partners, shares."""
+        self.between = None
+        if interpolations is None:
+            return []
+        if self.method != "dino":
+            raise ValueError(
+                f"interpolations teach with method='dino' only, not with {self.method!r}: the loss "
+                "of Gen-SIS mixes logits of DINO's teacher."
+            )
+        n = len(rows)
+        groups = None if groups is None else column_or_1d(groups)
+        if groups is not None and len(groups) != n:
+            raise ValueError(f"groups has {len(groups)} entries for {n} images.")
+        if isinstance(interpolations, str) and interpolations == "pixels":
+            self.between = "pixels"
+            seed = self.encoder._child_seed(self.seed, 2)
+            partners = random_partners(n, groups, seed)
+            return [torch.from_numpy(partners), torch.full((n,), 0.5)]
+        if not isinstance(interpolations, tuple | list) or len(interpolations) != 3:
+            raise ValueError(
+                "interpolations must be a tuple (images, partners, alphas), 'pixels' or None, got "
+                f"{type(interpolations).__name__}."
+            )
+        images, partners, alphas = interpolations
+        images = _aligned_images(images, "interpolations[0]", rows, self.encoder)
+        partners = np.asarray(partners)
+        alphas = np.asarray(alphas, dtype=np.float32)
+        if alphas.shape not in ((), (n,)):
+            raise ValueError(
+                f"interpolations[2] must hold {n} shares, or be one number, got shape "
+                f"{alphas.shape}."
+            )
+        alphas = np.broadcast_to(alphas, (n,)).copy()
+        if partners.shape != (n,) or partners.dtype.kind not in "iu":
+            raise ValueError(
+                f"interpolations[1] must hold {n} positions in X, integers of shape ({n},), got "
+                f"{partners.dtype} of shape {partners.shape}."
+            )
+        if partners.min() < 0 or partners.max() >= n:
+            raise ValueError(f"interpolations[1] must hold positions from 0 to {n - 1}.")
+        if not ((alphas >= 0) & (alphas <= 1)).all():
+            raise ValueError("interpolations[2] must hold shares in [0, 1].")
+        if groups is not None and (groups == groups[partners]).any():
+            bad = int(np.flatnonzero(groups == groups[partners])[0])
+            raise ValueError(
+                f"Image {bad} was interpolated with image {int(partners[bad])} of its own group "
+                f"{groups[bad]!r}: with groups, partners come from another one."
+            )
+        self.between = images.pixel_range
+        return [images, torch.from_numpy(partners.astype(np.int64)), torch.from_numpy(alphas)]
+
+    def loss(self, x, _, *rest):
+        """Loss of images (B, C, H, W), generated ones, and interpolated ones with their sources."""
+        generated, between = rest[: self.n_generated], rest[self.n_generated :]
+        views = self.views
+        x = to_unit(x, self.range)
+        second = self._second(x, generated)
+        crops = [views.global_view(x, 0), views.global_view(second, 1)]
+        crops += [views.local_view(x) for _ in range(views.n_local)]
+        if not between:
+            return self.module.loss(crops)
+        *images, partners, alphas = between
+        partner = _read(self.inputs, partners, x.device)
+        partner = to_unit(partner, self.range)
+        if images:
+            mixed = to_unit(images[0], self.between)
+        else:
+            mixed = torch.lerp(partner, x, alphas[:, None, None, None])
+        both = views.global_view(mixed, 0), views.global_view(partner, 0)
+        return self.module.loss(crops, (*both, alphas))
+
+    def _second(self, x, generated):
+        """Where the second view comes from: the image, or one generated for it."""
+        if not generated:
+            return x
+        prob = self.encoder.positives_prob
+        prob = 1.0 if prob == "auto" else prob
+        pick = torch.randint(len(generated), (len(x), 1, 1, 1), device=x.device)
+        replaced = torch.rand(len(x), 1, 1, 1, device=x.device) < prob
+        for number, (view, limits) in enumerate(zip(generated, self.ranges, strict=True)):
+            x = torch.where(replaced & (pick == number), to_unit(view, limits), x)
+        return x
+
+
+def _make_objective(state, make_network, *, images, out_dim):
+    """Network, with the weights of the fit before where it goes on, and its objective."""
+    encoder = state.encoder
+    with isolated_rng(encoder._child_seed(state.seed, 0)):
+        network = make_network()
+        if encoder._goes_on():
+            # A copy: a fit that fails must not leave half-trained weights.
+            _copy_weights(encoder.module_, network)
+        batches = state.batches
+        return encoder._make_objective(
+            network, images, out_dim, batches.n_samples, batches.steps_per_epoch
+        )
+
+
+def has_map(method, image_shape):
+    """Whether z is a low-dimensional map."""
+    return method == "scl" or (method == "simclr" and image_shape is None)
+
+
+def auto_out_dim(encoder, rows, method):
+    """Prototypes of DINO's head: a power of two that follows the number of samples."""
+    if method != "dino":
+        return None
+    if encoder._goes_on():
+        return encoder.out_dim_
+    if encoder.out_dim != "auto":
+        return encoder.out_dim
+    return int(min(65536, max(256, 2 ** round(math.log2(len(rows))))))
+
+
+def auto_queue(n_samples):
+    """Keys of a queue: the largest power of two up to half the samples, at most the paper's."""
+    return min(65536, 2 ** max(int(math.log2(max(n_samples / 2, 2))), 1))
+
+
+def _auto_local_crops(shape, augmentation):
+    """DINO's 8 local crops, where they are smaller than the image."""
+    return 0 if min(shape[:2]) < 16 or callable(augmentation) else 8
+
+
+def random_partners(n, groups, seed):
+    """Another row for each row, at random, of another group where there are groups."""
+    rng = np.random.default_rng(seed)
+    if groups is None:
+        return (np.arange(n) + rng.integers(1, n, size=n)) % n
+    if len(np.unique(groups)) < 2:
+        raise ValueError("groups must name at least two groups: partners come from another one.")
+    partners = rng.integers(n, size=n)
+    while len(same := np.flatnonzero(groups == groups[partners])):
+        partners[same] = rng.integers(n, size=len(same))
+    return partners
+
+
+def _read(source, index, device):
+    if isinstance(source, torch.Tensor):
+        return source.index_select(0, index.to(source.device)).to(device)
+    return source[index.cpu().numpy()].to(device)
+
+
+def is_image(rows):
+    return getattr(rows, "is_image", False)
+
+
+def _positive_images(positives, rows, encoder):
+    views = () if positives is None else positives
+    return [_aligned_images(v, f"positives[{i}]", rows, encoder) for i, v in enumerate(views)]
+
+
+def _aligned_images(images, name, rows, encoder):
+    """Images that go with those of X one by one, on their scale."""
+    try:
+        images = check_X(
+            encoder, images, reset=False, images=True, image_shape=encoder.image_shape_
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    if images.shape != rows.shape:
+        raise ValueError(
+            f"{name} has shape {images.shape}, but X has {rows.shape}: each set holds one "
+            "generated image per image of X."
+        )
+    return images
+
+
+def auto_epochs(max_epochs, steps_per_epoch, *, paper=330, most_steps=1_000):
+    """Epochs of a phase: the paper's, or as many as make `most_steps` batches, at least 10."""
+    if max_epochs != "auto":
+        return max_epochs
+    return max(10, min(paper, -(-most_steps // steps_per_epoch)))
+
+
+def _copy_weights(source, module):
+    try:
+        module.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            "warm_start=True goes on with the network of the previous fit, but parameters of its "
+            f"size were changed since. Restore them, or set warm_start=False. {error}"
+        ) from error
+
+
+def _fit_space(rows, n_pcs):
+    """Mean, components or None, and the one scale that gives the input unit variance on average."""
+    mean, components, std = linear_space(rows, n_pcs)
+    return mean, components, float(np.sqrt(np.mean(std**2))) or 1.0
+
+
+def linear_space(rows, n_pcs):
+    """Mean of the features, principal components and their standard deviation; None: features."""
+    if n_pcs is not None:
+        pcs = principal_components(rows, n_pcs)
+        return pcs.mean, pcs.components, pcs.explained_std
+    mean = sum(block.astype(np.float64).sum(axis=0) for _, block in rows.blocks()) / len(rows)
+    squares = sum(((b.double().numpy() - mean) ** 2).sum(axis=0) for _, b in rows.batches(None))
+    return mean, None, np.sqrt(squares / (len(rows) - 1))
+
+
+def project_rows(rows, mean, components, scale):
+    """Rows on the principal components (or centred features), divided by a scale, or one each."""
+    scale = torch.as_tensor(scale, dtype=torch.float32)
+    if components is None:
+        shift = torch.from_numpy(mean.astype(np.float32))
+        return MappedRows(rows, lambda batch: (batch - shift) / scale, rows.shape[1])
+    scores = PrincipalComponents(mean, components, np.ones(len(components))).transform(rows)
+    if scores.resident:
+        return DenseRows(scores.tensor / scale)
+    return MappedRows(scores, lambda batch: batch / scale, len(components))
+
+
+def _positive_views(positives, rows, space):
+    views = []
+    for number, view in enumerate(() if positives is None else positives):
+        try:
+            view = check_X(BaseEstimator(), view, reset=True)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"positives[{number}]: {error}") from error
+        if view.shape != rows.shape:
+            raise ValueError(
+                f"positives[{number}] has shape {view.shape}, but X has {rows.shape}: each set of "
+                "positives holds one generated view per row of X."
+            )
+        views.append(project_rows(view, *space))
+    return views

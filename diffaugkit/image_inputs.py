@@ -1,0 +1,184 @@
+"""Which container of images X is, and on which scale its pixels are read after ``fit``."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+
+from diffaugkit.image_files import DatasetRows, FileImageRows, ShardRows, list_images
+from diffaugkit.image_rows import ImageRows
+from diffaugkit.rows import Rows
+
+__all__ = ["is_a", "reading_range", "rows_of_images"]
+
+
+def is_a(X, package, name):
+    """Tell whether X is an instance of a package's class, without importing the package.
+
+    Parameters
+    ----------
+    X : object
+        Anything.
+    package, name : str
+        The package and its class.
+
+    Returns
+    -------
+    bool
+    """
+    return any(
+        base.__name__ == name and base.__module__.split(".")[0] == package
+        for base in type(X).__mro__
+    )
+
+
+def rows_of_images(X, known_shape=None, known_layout=None):
+    """Make Rows of any container that can only hold images.
+
+    Parameters
+    ----------
+    X : object
+        Anything: see :func:`~diffaugkit.data.check_X`.
+    known_shape : tuple of (int, int, int) or None, default=None
+        (h, w, c) of the images of ``fit``.
+    known_layout : str or None, default=None
+        The layout of the images of ``fit``. Arrays are channel-last; but where "channels_first" was
+        fitted, an array of just that shape is what the estimator itself generated.
+
+    Returns
+    -------
+    Rows of shape (n, C, H, W) or None
+        None where X holds vectors.
+
+    Raises
+    ------
+    ValueError
+        If an image cannot be read or differs from the first, by its name or row.
+    TypeError
+        For a stream.
+    """
+    if isinstance(X, Rows):
+        return X if X.is_image else None
+    if isinstance(X, str | os.PathLike):
+        return _images_at(os.fspath(X))
+    if is_a(X, "torch", "IterableDataset") or (hasattr(X, "__next__") and not hasattr(X, "shape")):
+        raise TypeError(
+            f"X is a stream ({type(X).__name__}), which has no order to come back to: give a "
+            "map-style Dataset, or the pattern of the shards as a str."
+        )
+    if is_a(X, "torch", "Dataset"):
+        return DatasetRows(X)
+    if is_a(X, "torch", "Tensor"):
+        return _rows_of_array(X, known_shape, known_layout)
+    if isinstance(X, list | tuple) or len(getattr(X, "shape", ())) == 1:
+        return _rows_of_list(X, known_shape, known_layout)
+    if hasattr(X, "shape") and not sp.issparse(X):
+        return _rows_of_array(X, known_shape, known_layout)
+    return None
+
+
+def _rows_of_array(X, known_shape, known_layout):
+    if len(X.shape) not in (3, 4):
+        return None
+    is_tensor = is_a(X, "torch", "Tensor")
+    if is_tensor and str(X.layout) != "torch.strided":
+        raise TypeError(f"X is a sparse tensor ({X.layout}); give X.to_dense().")
+    first = None
+    if known_layout == "channels_first" and not is_tensor:
+        height, width, channels = known_shape
+        shape = tuple(X.shape[1:])
+        if shape == (channels, height, width) and shape != (height, width, channels):
+            first = "channels_first"
+    return ImageRows(X, layout=first)
+
+
+def _rows_of_list(X, known_shape, known_layout):
+    """Read lists and 1-D arrays: paths, shards, PIL images, or arrays to be stacked."""
+    items = X if isinstance(X, list | tuple) else np.asarray(X)
+    first = items[0] if len(items) else None
+    if isinstance(first, str | os.PathLike):
+        shards = [str(item).endswith(".tar") for item in items]
+        return ShardRows(items) if all(shards) else FileImageRows(items)
+    if hasattr(first, "getbands"):
+        return FileImageRows(items)
+    if len(getattr(first, "shape", ())) not in (2, 3):
+        return None
+    shapes = [tuple(getattr(item, "shape", ())) for item in items]
+    for row, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"The image in row {row} has shape {shape}, but that in row 0 has {shapes[0]}: "
+                "all images must have one size and number of channels."
+            )
+    if hasattr(first, "detach"):
+        import torch
+
+        return _rows_of_array(torch.stack(list(items)), known_shape, known_layout)
+    return _rows_of_array(np.stack(items), known_shape, known_layout)
+
+
+def _images_at(path):
+    """Find a folder of images, or shards."""
+    if path.endswith(".tar"):
+        return ShardRows(path)
+    if Path(path).is_dir():
+        return FileImageRows(list_images(path)[0])
+    fix = "give [X] for a single image" if Path(path).is_file() else "check the path"
+    raise ValueError(
+        f"X={path!r} is no folder of images and no .tar shard or pattern of shards: {fix}."
+    )
+
+
+def reading_range(name, rows, known):
+    """Find the pixel range to read images with after ``fit``, by the rule in check_X's notes.
+
+    Parameters
+    ----------
+    name : str
+        Name of the estimator, for errors.
+    rows : Rows of shape (n, C, H, W)
+        The images.
+    known : tuple of (low, high) or None
+        The pixel range of ``fit``.
+
+    Returns
+    -------
+    tuple of (low, high) or None
+
+    Raises
+    ------
+    ValueError
+        If the images have another scale than those of ``fit``.
+    """
+    own = rows.pixel_range
+    if own is None or known is None:
+        return own
+    known = tuple(known)
+    standard = known in ((0.0, 1.0), (-1.0, 1.0))
+    by_type = isinstance(known[1], int)
+    kind = "integers" if by_type else "floats"
+    fitted = f"{name} was fitted on {kind} from {known[0]} to {known[1]}"
+    if isinstance(own[1], int):
+        if by_type or standard or own == known:
+            return own
+        raise ValueError(
+            f"X holds {rows.dtype} pixels from {own[0]} to {own[1]}, but {fitted}, of which "
+            "neither black nor white is known. Give floats of that scale, "
+            "X.astype(np.float32)."
+        )
+    low, high = rows.value_range or own
+    if by_type:
+        if own == (0.0, 1.0):
+            return own
+        raise ValueError(
+            f"X holds floats from {low:g} to {high:g}, but {fitted}. Give integers of that type, "
+            "or floats from 0 to 1."
+        )
+    # A little more than at fit is usual (a MinMaxScaler meets new data); twice as much is not.
+    slack = (known[1] - known[0]) / 2
+    if standard and not (known[0] - slack <= low and high <= known[1] + slack):
+        raise ValueError(
+            f"X holds floats from {low:g} to {high:g}, but {fitted}: give the same scale."
+        )
+    return known

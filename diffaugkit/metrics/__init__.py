@@ -1,0 +1,76 @@
+"""Scores of embeddings and of generated samples, as NumPy functions in scikit-learn's form.
+
+This is the one public door. Reading order of the files behind it:
+
+checks, embeddings, probe, neighbors, generation, quality, images.
+"""
+
+from diffaugkit.metrics.embeddings import (
+    clustering_accuracy,
+    kmeans_scores,
+    knn_accuracy,
+    label_consistency,
+    linear_probe_accuracy,
+    linear_svm_accuracy,
+)
+from diffaugkit.metrics.generation import (
+    copy_ratio,
+    frechet_distance,
+    kernel_distance,
+    nearest_training_samples,
+    precision_recall,
+    spread_ratio,
+)
+from diffaugkit.metrics.images import (
+    boundary_f,
+    copy_detection_features,
+    inception_extractor,
+    jaccard_j,
+    propagate_labels,
+)
+from diffaugkit.metrics.neighbors import (
+    WeightedKNNClassifier,
+    retrieval_map,
+    weighted_knn_accuracy,
+)
+from diffaugkit.metrics.probe import linear_probe
+from diffaugkit.metrics.quality import (
+    NEAR_COPY,
+    QualityReport,
+    frechet_scorer,
+    kernel_scorer,
+    make_embedding_scorer,
+    make_generation_scorer,
+    quality_report,
+)
+
+__all__ = [
+    "NEAR_COPY",
+    "QualityReport",
+    "WeightedKNNClassifier",
+    "boundary_f",
+    "clustering_accuracy",
+    "copy_detection_features",
+    "copy_ratio",
+    "frechet_distance",
+    "frechet_scorer",
+    "inception_extractor",
+    "jaccard_j",
+    "kernel_distance",
+    "kernel_scorer",
+    "kmeans_scores",
+    "knn_accuracy",
+    "label_consistency",
+    "linear_probe",
+    "linear_probe_accuracy",
+    "linear_svm_accuracy",
+    "make_embedding_scorer",
+    "make_generation_scorer",
+    "nearest_training_samples",
+    "precision_recall",
+    "propagate_labels",
+    "quality_report",
+    "retrieval_map",
+    "spread_ratio",
+    "weighted_knn_accuracy",
+]

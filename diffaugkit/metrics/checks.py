@@ -1,0 +1,109 @@
+"""What the metrics share: checks of matrices, labels and folds, and features by an extractor."""
+
+from numbers import Integral
+
+import numpy as np
+from sklearn.model_selection import StratifiedKFold
+from sklearn.utils import check_array, column_or_1d, gen_batches
+from sklearn.utils.multiclass import check_classification_targets
+
+from diffaugkit.arrays import to_numpy
+
+
+def check_matrix(X, name, min_samples=1):
+    """Return X as a finite, dense matrix; float32 stays so, all else becomes float64."""
+    X = to_numpy(X)
+    shape = getattr(X, "shape", None) or np.shape(X)
+    if len(shape) != 2:
+        raise ValueError(
+            f"{name} must be a matrix (n_samples, n_features), got shape {tuple(shape)}; flatten "
+            "images, or pass their embeddings."
+        )
+    return check_array(
+        X, dtype=[np.float64, np.float32], ensure_min_samples=min_samples, input_name=name
+    )
+
+
+def check_pair(generated, real, min_samples=1):
+    """Return (generated, real) as matrices of one width and one dtype."""
+    generated = check_matrix(generated, "generated", min_samples)
+    real = check_matrix(real, "real", min_samples)
+    if generated.shape[1] != real.shape[1]:
+        raise ValueError(
+            f"generated has {generated.shape[1]} features, but real has {real.shape[1]}; both "
+            "must lie in the same space."
+        )
+    # One dtype, or the distance routines convert the larger matrix again and again.
+    dtype = np.result_type(generated, real)
+    return generated.astype(dtype, copy=False), real.astype(dtype, copy=False)
+
+
+def check_labels(y, n=None, name="y"):
+    """Return (classes, codes) of discrete labels."""
+    y = column_or_1d(np.asarray(y))
+    if len(y) == 0:
+        raise ValueError(f"{name} is empty.")
+    if n is not None and len(y) != n:
+        raise ValueError(f"{name} has {len(y)} labels for {n} samples.")
+    if y.dtype.kind in "fO" and any(v is None or v != v for v in y.tolist()):
+        raise ValueError(f"{name} has missing labels (NaN or None); drop those samples first.")
+    check_classification_targets(y)
+    return np.unique(y, return_inverse=True)
+
+
+def check_neighbors(n_neighbors, available=None, what="real samples"):
+    """Refuse a number of neighbours that is no number, or more than there are."""
+    if not isinstance(n_neighbors, Integral) or n_neighbors < 1:
+        raise ValueError(f"n_neighbors must be an int >= 1, got {n_neighbors!r}.")
+    if available is not None and n_neighbors > available:
+        raise ValueError(f"n_neighbors={n_neighbors}, but there are only {available} {what}.")
+
+
+def stratified_folds(codes, cv, random_state):
+    """Return a stratified splitter for an int `cv`; rare classes may miss some folds."""
+    if not isinstance(cv, Integral):
+        return cv
+    if cv < 2:
+        raise ValueError(f"cv must be at least 2, got {cv}.")
+    largest = np.bincount(codes).max()
+    if largest < cv:
+        raise ValueError(
+            f"cv={cv} folds need a class of as many samples, but the largest has {largest}; "
+            "lower cv."
+        )
+    return StratifiedKFold(cv, shuffle=True, random_state=random_state)
+
+
+def unit_rows(X):
+    """Return the rows scaled to length 1, so that their products are cosine similarities.
+
+    A zero row has no direction and stays zero.
+    """
+    norm = np.sqrt(np.einsum("ij,ij->i", X, X, dtype=np.float64))[:, None]
+    return np.divide(X, norm, out=np.zeros_like(X), where=norm > 0, casting="same_kind")
+
+
+def extract_features(extractor, X, name="X", batch_size=256):
+    """Return the features of samples of any kind under an extractor; without one, the samples.
+
+    An estimator gets all samples by `transform`, which knows how to read them; any other callable
+    gets them in batches.
+    """
+    if extractor is None:
+        return X
+    if hasattr(extractor, "transform"):
+        features = np.asarray(to_numpy(extractor.transform(X)))
+    elif callable(extractor):
+        parts = [to_numpy(extractor(X[rows])) for rows in gen_batches(len(X), batch_size)]
+        features = np.concatenate([np.asarray(part) for part in parts])
+    else:
+        raise TypeError(
+            f"extractor must be a fitted estimator with transform, or a callable, got "
+            f"{type(extractor).__name__}; pass an encoder or metrics.inception_extractor(path)."
+        )
+    if features.ndim != 2 or len(features) != len(X):
+        raise ValueError(
+            f"extractor must return one row of features per sample: it gave shape "
+            f"{features.shape} for the {len(X)} samples of {name}; pool feature maps first."
+        )
+    return features

@@ -1,0 +1,453 @@
+"""Distances between generated and real samples: distribution, coverage, nearness to sources."""
+
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from sklearn import config_context
+from sklearn.metrics import pairwise_distances_chunked
+from sklearn.neighbors import NearestNeighbors
+from sklearn.utils import check_consistent_length, gen_batches
+
+from diffaugkit.metrics.checks import (
+    check_labels,
+    check_matrix,
+    check_neighbors,
+    check_pair,
+    extract_features,
+)
+
+
+def frechet_distance(
+    real: Any,
+    generated: Any,
+    *,
+    extractor: Any = None,
+    labels: ArrayLike | None = None,
+    generated_labels: ArrayLike | None = None,
+) -> float | dict[Any, float]:
+    r"""Frechet distance between Gaussians fitted to two samples (Heusel et al. 2017, Eq. 6).
+
+    .. math:: |\mu_1 - \mu_2|^2 + \mathrm{tr}(C_1 + C_2 - 2 (C_1 C_2)^{1/2})
+
+    in float64, with unbiased covariances. It is squared, as FID is. The value falls with the
+    number of samples: compare only at equal numbers, and state them.
+
+    Parameters
+    ----------
+    real : array-like of shape (n_real, n_features)
+        Real samples or their embedding, at least 2.
+    generated : array-like of shape (n_generated, n_features)
+        Generated ones in the same space, at least 2.
+    extractor : fitted estimator with `transform`, callable or None, default=None
+        Maps samples to the features that are compared: a fitted encoder, a callable on batches
+        (n, ...) -> (n, d), or :func:`~diffaugkit.metrics.inception_extractor`. Samples may then be
+        of any kind that it reads, such as 4-D images. None compares them as they are.
+    labels, generated_labels : array-like of shape (n_real,), (n_generated,), default=None
+        Classes of both sets, for one distance per class. Each class has fewer samples than the
+        whole, so its value is larger for the same quality: compare it with the same class of
+        another model, not with the whole.
+
+    Returns
+    -------
+    distance : float >= 0, or dict of class to float
+        In squared units of the features; 0 for the same mean and covariance. With labels a dict
+        of the classes in sorted order.
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree, values are not finite, there are fewer than 2 samples (of a class), or
+        only one of `labels` and `generated_labels` is given, or they name other classes.
+
+    Examples
+    --------
+    >>> from diffaugkit.metrics import frechet_distance
+    >>> round(frechet_distance([[0.0], [2.0]], [[3.0], [5.0]]), 6)
+    9.0
+
+    One value per class:
+
+    >>> frechet_distance([[0.0], [2.0]] * 2, [[3.0], [5.0]] * 2, labels=["a", "a", "b", "b"],
+    ...                  generated_labels=["a", "a", "b", "b"])
+    {'a': 9.0, 'b': 9.0}
+    """
+    return _compare(_frechet, real, generated, extractor, labels, generated_labels)
+
+
+def kernel_distance(
+    real: Any,
+    generated: Any,
+    *,
+    extractor: Any = None,
+    labels: ArrayLike | None = None,
+    generated_labels: ArrayLike | None = None,
+) -> float | dict[Any, float]:
+    r"""Unbiased squared maximum mean discrepancy with a cubic kernel (KID, Binkowski et al. 2018).
+
+    The kernel is :math:`(x \cdot y / d + 1)^3` for d features. All pairs are used rather than
+    the random subsets of the usual implementation: the same expectation, no variance added.
+
+    Parameters
+    ----------
+    real : array-like of shape (n_real, n_features)
+        Real samples or their embedding, at least 2.
+    generated : array-like of shape (n_generated, n_features)
+        Generated ones in the same space, at least 2.
+    extractor : fitted estimator with `transform`, callable or None, default=None
+        Maps samples to the features that are compared: a fitted encoder, a callable on batches
+        (n, ...) -> (n, d), or :func:`~diffaugkit.metrics.inception_extractor`. Samples may then be
+        of any kind that it reads, such as 4-D images. None compares them as they are.
+    labels, generated_labels : array-like of shape (n_real,), (n_generated,), default=None
+        Classes of both sets, for one distance per class. Unlike the Frechet distance this
+        one does not grow as samples get fewer, it only gets noisier.
+
+    Returns
+    -------
+    distance : float, or dict of class to float
+        0 in expectation for equal distributions, so that it can come out slightly negative. With
+        labels a dict of the classes in sorted order.
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree, values are not finite, there are fewer than 2 samples (of a class), or
+        only one of `labels` and `generated_labels` is given, or they name other classes.
+
+    Examples
+    --------
+    >>> from diffaugkit.metrics import kernel_distance
+    >>> kernel_distance([[0.0], [0.0]], [[1.0], [1.0]])
+    7.0
+    """
+    return _compare(_kernel, real, generated, extractor, labels, generated_labels)
+
+
+def precision_recall(
+    real: ArrayLike, generated: ArrayLike, n_neighbors: int = 5
+) -> tuple[float, float]:
+    """Precision and recall of a generator (Kynkaanniemi et al. 2019, Eqs. 1 and 2).
+
+    A point is covered by a set if it lies within the ball of any member, whose radius is the
+    distance to the member's k-th nearest other member. Precision is the share of generated
+    points covered by the real set (fidelity), recall the share of real points covered by the
+    generated set (diversity).
+
+    Parameters
+    ----------
+    real : array-like of shape (n_real, n_features)
+        Real samples or their embedding, more than `n_neighbors`.
+    generated : array-like of shape (n_generated, n_features)
+        Generated ones in the same space, more than `n_neighbors`. Both values depend on the
+        numbers of samples: best take as many generated as real ones.
+    n_neighbors : int, default=5
+        k. The paper uses 3 on 50 000 images; sets of a few thousand are less noisy with 5.
+
+    Returns
+    -------
+    precision, recall : tuple of float in [0, 1]
+        (1, 1) for identical sets.
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree, values are not finite, or there are too few samples.
+
+    Examples
+    --------
+    >>> from diffaugkit.metrics import precision_recall
+    >>> precision_recall([[0.0], [1.0], [9.0]], [[0.2], [0.4], [0.6]], n_neighbors=1)
+    (1.0, 0.3333333333333333)
+    """
+    generated, real = check_pair(generated, real)
+    for name, points in (("real", real), ("generated", generated)):
+        check_neighbors(n_neighbors, len(points) - 1, f"{name} samples besides itself")
+    return (
+        float(np.mean(_covered(generated, by=real, k=n_neighbors))),
+        float(np.mean(_covered(real, by=generated, k=n_neighbors))),
+    )
+
+
+def copy_ratio(generated: ArrayLike, source: ArrayLike, real: ArrayLike) -> float:
+    r"""Nearness of generated samples to their own source: 0 for copies, about 1 for new samples.
+
+    .. math:: \mathrm{median}_i \; \frac{|g_i - s_i|}{\min_{r_j \ne s_i} |g_i - r_j|}
+
+    over the generated samples :math:`g_i`, their sources :math:`s_i` and the real samples
+    :math:`r_j`: 0 if every sample repeats its source, 1 if it lies as near to another real
+    sample as to its source, larger if it is nearer to others. Below 0.3 samples are near-copies,
+    from which an encoder learns little. Real samples *equal* to the source count as the source:
+    a copy of a duplicated cell is still a copy.
+
+    Parameters
+    ----------
+    generated : array-like of shape (n_generated, n_features)
+        Generated samples, in the space of `real`.
+    source : int array-like of shape (n_generated,) or array-like of shape (n_generated, n_features)
+        The real sample from which each one was generated: row numbers of `real`, or the rows.
+    real : array-like of shape (n_real, n_features)
+        All real samples, sources included; at least two different ones.
+
+    Returns
+    -------
+    ratio : float >= 0
+        Infinite if at least half of the samples are exact copies of another real sample.
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree, values are not finite, a source is not a row of `real`, or all real
+        samples are equal.
+
+    Examples
+    --------
+    >>> from diffaugkit.metrics import copy_ratio
+    >>> real = [[0.0], [1.0], [4.0]]
+    >>> copy_ratio([[0.0], [1.0]], [0, 1], real)
+    0.0
+    >>> copy_ratio([[0.25]], [[0.0]], real)
+    0.3333333333333333
+    """
+    generated, real = check_pair(generated, real)
+    source = source_rows(source, real, len(generated))
+    group = _equal_rows(real)
+    first = np.unique(group, return_index=True)[1]
+    if len(first) < 2:
+        raise ValueError("copy_ratio needs at least two different rows in real.")
+    neighbors = NearestNeighbors(n_neighbors=2).fit(real[first])
+    nearest = neighbors.kneighbors(generated, return_distance=False)
+    is_source = nearest[:, 0] == group[source]
+    other = first[np.where(is_source, nearest[:, 1], nearest[:, 0])]
+    # Recomputed pair by pair: the search expands the square and so loses digits near zero.
+    to_source = _paired_distance(generated, real, source)
+    to_other = _paired_distance(generated, real, other)
+    with np.errstate(divide="ignore"):
+        return float(np.median(to_source / to_other))
+
+
+def nearest_training_samples(
+    generated: Any, real: Any, *, extractor: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the real sample nearest to each generated one: what a model may have memorised.
+
+    Look at the pairs (`SampleGridDisplay` draws them), and compare the distances with those
+    between real samples, as :func:`quality_report` does: generated samples that lie much nearer
+    to a real one than real ones lie to each other repeat their training data.
+
+    Parameters
+    ----------
+    generated : array-like of shape (n_generated, n_features), or what `extractor` reads
+        Generated samples.
+    real : array-like of shape (n_real, n_features), or what `extractor` reads
+        Samples that the generator was trained on.
+    extractor : fitted estimator with `transform`, callable or None, default=None
+        As in :func:`frechet_distance`.
+
+    Returns
+    -------
+    distance : ndarray of shape (n_generated,)
+        Euclidean distance to the nearest real sample, in the space of the features; 0 for a copy.
+    index : ndarray of shape (n_generated,)
+        Its row in `real`.
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree or values are not finite.
+
+    Examples
+    --------
+    >>> from diffaugkit.metrics import nearest_training_samples
+    >>> nearest_training_samples([[0.2], [4.0]], [[0.0], [1.0], [4.0]])
+    (array([0.2, 0. ]), array([0, 2]))
+    """
+    generated, real = check_pair(
+        extract_features(extractor, generated, "generated"), extract_features(extractor, real)
+    )
+    index = NearestNeighbors(n_neighbors=1).fit(real).kneighbors(generated, return_distance=False)
+    # Recomputed pair by pair: the search expands the square and so loses digits near zero.
+    return _paired_distance(generated, real, index[:, 0]), index[:, 0]
+
+
+def spread_ratio(generated: ArrayLike, real: ArrayLike) -> float:
+    r"""Spread of the generated samples over that of the real ones.
+
+    .. math:: \sqrt{\mathrm{tr}\,\mathrm{cov}(g) / \mathrm{tr}\,\mathrm{cov}(r)}
+
+    Parameters
+    ----------
+    generated : array-like of shape (n_generated, n_features)
+        Generated samples, at least 2.
+    real : array-like of shape (n_real, n_features)
+        Real samples in the same space, at least 2.
+
+    Returns
+    -------
+    ratio : float >= 0
+        1 for equal total variance, below 1 for a generator that loses variety.
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree, values are not finite, there are fewer than 2 samples, or the real
+        ones are all equal.
+
+    Examples
+    --------
+    >>> from diffaugkit.metrics import spread_ratio
+    >>> spread_ratio([[0.0], [1.0]], [[0.0], [2.0]])
+    0.5
+    """
+    generated, real = check_pair(generated, real, min_samples=2)
+    total = np.var(real, axis=0, ddof=1, dtype=np.float64).sum()
+    if total == 0:
+        raise ValueError("spread_ratio is undefined: all rows of real are equal.")
+    return float(np.sqrt(np.var(generated, axis=0, ddof=1, dtype=np.float64).sum() / total))
+
+
+# ------------------------------------------------------------------ helpers
+
+
+def _compare(score, real, generated, extractor, labels, generated_labels):
+    """Return the score of both sets under the extractor, or one for each class."""
+    real = extract_features(extractor, real, "real")
+    generated = extract_features(extractor, generated, "generated")
+    generated, real = check_pair(generated, real, min_samples=2)
+    if labels is None and generated_labels is None:
+        return score(real, generated)
+    if labels is None or generated_labels is None:
+        raise ValueError("give both labels and generated_labels, or neither.")
+    classes, codes = check_labels(labels, n=len(real), name="labels")
+    names, generated_codes = check_labels(
+        generated_labels, n=len(generated), name="generated_labels"
+    )
+    classes, names = classes.tolist(), names.tolist()
+    if classes != names:
+        odd = sorted(set(classes).symmetric_difference(names), key=str)
+        raise ValueError(
+            f"labels and generated_labels must name the same classes, but {odd[:5]} are in one of "
+            "them only; drop those samples first."
+        )
+    values = {}
+    for code, name in enumerate(classes):
+        own, other = real[codes == code], generated[generated_codes == code]
+        if min(len(own), len(other)) < 2:
+            raise ValueError(
+                f"class {name!r} has {len(own)} real and {len(other)} generated samples, but a "
+                "minimum of 2 is required; generate more of it or drop it."
+            )
+        values[name] = score(own, other)
+    return values
+
+
+def _frechet(real, generated):
+    mean1, factor1 = _gaussian_factor(real)
+    mean2, factor2 = _gaussian_factor(generated)
+    # With C = R'R, tr (C1 C2)^(1/2) is the sum of singular values of R1 R2'. Unlike a root of the
+    # product it never squares the condition number, and needs no jitter for singular covariances.
+    overlap = np.linalg.svd(factor1 @ factor2.T, compute_uv=False).sum()
+    shift = np.sum((mean1 - mean2) ** 2)
+    return max(float(shift + np.sum(factor1**2) + np.sum(factor2**2) - 2.0 * overlap), 0.0)
+
+
+def _gaussian_factor(X):
+    """Return the mean and R (at most d x d) with R'R = cov(X), by a QR over blocks of rows.
+
+    Blocks keep the float64 copy small; QR, unlike a covariance, keeps all digits.
+    """
+    n, d = X.shape
+    mean = X.mean(axis=0, dtype=np.float64)
+    factor = np.empty((0, d))
+    for rows in gen_batches(n, max(4096, 2 * d)):
+        factor = np.linalg.qr(np.vstack([factor, X[rows] - mean]), mode="r")
+    return mean, factor / np.sqrt(n - 1)
+
+
+def _kernel(real, generated):
+    n, m = len(real), len(generated)
+    within_real = (_kernel_sum(real, real) - _kernel_diagonal(real)) / (n * (n - 1))
+    within_generated = (_kernel_sum(generated, generated) - _kernel_diagonal(generated)) / (
+        m * (m - 1)
+    )
+    return float(within_real + within_generated - 2.0 * _kernel_sum(real, generated) / (n * m))
+
+
+def _kernel_sum(X, Y):
+    total, Y = 0.0, Y.astype(np.float64, copy=False)
+    for rows in gen_batches(len(X), max(1, 8_000_000 // len(Y))):
+        kernel = X[rows].astype(np.float64) @ Y.T
+        kernel /= X.shape[1]
+        kernel += 1.0
+        # Cubed by products in place: a power with an int exponent is ten times slower.
+        total += np.einsum("ij,ij,ij->", kernel, kernel, kernel)
+    return total
+
+
+def _kernel_diagonal(X):
+    norms = np.einsum("ij,ij->i", X, X, dtype=np.float64)
+    return np.sum((norms / X.shape[1] + 1.0) ** 3)
+
+
+def _covered(points, *, by, k):
+    """Return for each point whether it lies in the ball of any member of `by`."""
+    # The members are their own first neighbours, hence k + 1.
+    radius = NearestNeighbors(n_neighbors=k + 1).fit(by).kneighbors(by)[0][:, -1]
+    # Distances come from an expanded square with errors of about 1e-8 of the norms; without this
+    # allowance a point on the rim of a ball, or on a member of radius 0, would fall out by chance.
+    scale = np.sqrt(np.einsum("ij,ij->i", by, by, dtype=np.float64).max())
+    radius = radius + 1e-7 * scale
+    with config_context(working_memory=128):
+        blocks = pairwise_distances_chunked(
+            points, by, reduce_func=lambda distance, _: (distance <= radius).any(axis=1)
+        )
+        return np.concatenate(list(blocks))
+
+
+def _equal_rows(X):
+    """Return one group number per row, shared by equal rows."""
+    groups = {}
+    return np.array([groups.setdefault(_row_key(row), len(groups)) for row in X])
+
+
+def _row_key(row):
+    """Return 16 bytes that stand for the row, so that a table of rows is no copy of the data."""
+    # Adding 0.0 turns -0.0, which has other bytes, into 0.0.
+    return blake2b((row + 0.0).tobytes(), digest_size=16).digest()
+
+
+def source_rows(source, real, n_generated):
+    """Return the sources as row numbers of `real`."""
+    source = np.asarray(source)
+    check_consistent_length(source, range(n_generated))
+    if source.ndim == 1 and source.dtype.kind in "iu":
+        if source.min() < 0 or source.max() >= len(real):
+            raise ValueError(
+                f"source rows must lie in 0 to {len(real) - 1}, got {source.min()} to "
+                f"{source.max()}."
+            )
+        return source
+    if source.ndim != 2:
+        raise ValueError("source must be int row numbers of real, or an array of its rows.")
+    source = check_matrix(source, "source")
+    if source.shape[1] != real.shape[1]:
+        raise ValueError(f"source has {source.shape[1]} features, but real has {real.shape[1]}.")
+    # Compared in the coarser of both dtypes, so that a float32 copy of the rows is still found.
+    dtype = min(source.dtype, real.dtype, key=lambda kind: kind.itemsize)
+    known = {}
+    for i, row in enumerate(real.astype(dtype, copy=False)):
+        known.setdefault(_row_key(row), i)
+    rows = [known.get(_row_key(row), -1) for row in source.astype(dtype, copy=False)]
+    if -1 in rows:
+        raise ValueError(
+            f"source row {rows.index(-1)} is not a row of real; pass the row numbers instead."
+        )
+    return np.array(rows)
+
+
+def _paired_distance(generated, real, rows):
+    distance = np.empty(len(generated))
+    for part in gen_batches(len(generated), 4096):
+        difference = generated[part].astype(np.float64) - real[rows[part]]
+        distance[part] = np.sqrt(np.einsum("ij,ij->i", difference, difference))
+    return distance

@@ -1,0 +1,201 @@
+"""Where a diffusion model works: whitened principal components, pixels, or latents.
+
+Each space has
+
+    shape             shape of one sample inside, () left out the batch
+    clip              bound of the values inside, or None
+    encode(rows)      all rows as `make_batches` and `inside` take them
+    inside(batch)     float32 samples (B, *shape) of a batch of `encode`, on its device
+    decode(x)         Tensor (B, *shape) -> Tensor: features, or pixels (B, C, H, W) in [-1, 1]
+    output(decoded)   ndarray as the caller gave the data: layout, kind and range
+    state()           plain values from which `space_from_state` makes it again
+"""
+
+import math
+import tempfile
+from functools import partial
+
+import numpy as np
+import torch
+
+from diffaugkit.decomposition import PrincipalComponents
+from diffaugkit.encoder import linear_space, project_rows
+from diffaugkit.image_rows import from_unit, to_unit
+from diffaugkit.rows import MappedRows, TemporaryRows
+
+__all__ = ["ComponentSpace", "LatentSpace", "PixelSpace", "space_from_state"]
+
+# Values of all latents up to which they stay in memory, 1 GB of float32; then they go to a file.
+_LATENTS_IN_MEMORY = 2**28
+# Values inside one batch of sampling, and its fewest and most rows. The size is fixed, and the last
+# batch is filled up: a larger one makes many samples faster, and a single one slower.
+_SAMPLING_ON_CPU = 2**16, 4, 32
+_SAMPLING_ON_GPU = 2**20, 16, 512
+
+
+class ComponentSpace:
+    """Vectors: the leading principal components, or the features themselves, whitened.
+
+    Parameters
+    ----------
+    mean : ndarray of shape (d,), float64
+        Mean of the features.
+    components : ndarray of shape (k, d) or None
+        Principal axes; None keeps the features.
+    std : ndarray of shape (k,) or (d,), float32
+        Standard deviations, by which the scores are divided.
+    """
+
+    clip = None
+
+    def __init__(self, mean, components, std):
+        self.mean, self.components, self.std = mean, components, std
+        self.shape = (len(std),)
+
+    @classmethod
+    def fit(cls, rows, n_pcs):
+        """Learn the space of rows (n, d); `n_pcs` None keeps all features."""
+        mean, components, std = linear_space(rows, n_pcs)
+        # What has no spread must come back as it is: division by 0 avoided, the rest stays small.
+        std = np.maximum(std, 1e-6 * max(1.0, np.abs(mean).max())).astype(np.float32)
+        return cls(mean, components, std)
+
+    def state(self):
+        """Plain values, see :func:`space_from_state`."""
+        return {"mean": self.mean, "components": self.components, "std": self.std}
+
+    def encode(self, rows):
+        """Whitened scores, Rows (n, k)."""
+        return project_rows(rows, self.mean, self.components, self.std)
+
+    def inside(self, batch):
+        """Give the batch as it is."""
+        return batch
+
+    def decode(self, x):
+        """Features (B, d) of whitened scores (B, k)."""
+        scores = x * torch.from_numpy(self.std).to(x)
+        if self.components is None:
+            return scores + torch.from_numpy(self.mean).to(scores)
+        return PrincipalComponents(self.mean, self.components, self.std).inverse(scores)
+
+    def output(self, decoded):
+        """Features as an array."""
+        return decoded.numpy()
+
+    def sampling_batch(self, device):
+        """Rows of one batch of sampling."""
+        return 256 if device.type == "cpu" else 4096
+
+
+class PixelSpace:
+    """Images as they are, in [-1, 1].
+
+    Parameters
+    ----------
+    shape : tuple of (int, int, int)
+        Channels, height, width.
+    pixel_range : tuple of (float, float)
+        Values of the caller's black and white, see `diffaugkit.image_rows`.
+    layout : str
+        How the caller gave the images.
+    """
+
+    clip = 1.0
+
+    def __init__(self, shape, pixel_range, layout):
+        self.shape, self.pixel_range, self.layout = tuple(shape), tuple(pixel_range), layout
+
+    def state(self):
+        """Plain values, see :func:`space_from_state`."""
+        return {"shape": self.shape, "pixel_range": self.pixel_range, "layout": self.layout}
+
+    def encode(self, rows):
+        """Give the rows as they are, if their scale is that of ``fit``: bytes stay bytes."""
+        if rows.pixel_range == self.pixel_range:
+            return rows
+        rescale = partial(_rescale, old=rows.pixel_range, new=self.pixel_range)
+        return MappedRows(rows, rescale, self.shape)
+
+    def inside(self, batch):
+        """Pixels (B, C, H, W) in [-1, 1]."""
+        return to_unit(batch, self.pixel_range)
+
+    def decode(self, x):
+        """Give the pixels as they are."""
+        return x
+
+    def output(self, decoded):
+        """Pixels in the caller's layout, kind and range."""
+        return from_unit(decoded, self.pixel_range, self.layout)
+
+    def sampling_batch(self, device):
+        """Rows of one batch of sampling: few on a CPU, whose caches they have to fit."""
+        on_cpu = device.type == "cpu"
+        values, fewest, most = _SAMPLING_ON_CPU if on_cpu else _SAMPLING_ON_GPU
+        fitting = 2 ** int(math.log2(max(1, values // math.prod(self.shape))))
+        return max(fewest, min(most, fitting))
+
+
+class LatentSpace(PixelSpace):
+    """Latents of an autoencoder, which it scales to unit spread.
+
+    Parameters
+    ----------
+    pixels : PixelSpace
+        The space of the images.
+    autoencoder : LatentAutoencoder
+        A fitted autoencoder: ``encode(batch)`` and ``decode(latents)`` on tensors in [-1, 1], and
+        ``latent_shape(image_shape)``.
+    """
+
+    clip = None
+
+    def __init__(self, pixels, autoencoder):
+        super().__init__(*pixels.state().values())
+        self._pixels, self._autoencoder = pixels, autoencoder
+        self.shape = tuple(autoencoder.latent_shape(pixels.shape))
+
+    def state(self):
+        """Plain values of the images' space; the autoencoder is saved by its owner."""
+        return self._pixels.state()
+
+    def encode(self, rows):
+        """Latents of all rows, each encoded once: a Tensor (n, c, h, w), or Rows on disk."""
+        n, k = len(rows), math.prod(self.shape)
+        blocks = (
+            self._autoencoder.encode(to_unit(block, rows.pixel_range)).cpu()
+            for _, block in rows.batches(64)
+        )
+        if n * k <= _LATENTS_IN_MEMORY:
+            return torch.cat(list(blocks))
+        with tempfile.NamedTemporaryFile(prefix="diffaugkit-", delete=False) as file:
+            # From here on the file cannot be left over.
+            latents = TemporaryRows(file.name, (n, *self.shape))
+            for block in blocks:
+                file.write(block.numpy().tobytes())
+        return latents
+
+    def inside(self, batch):
+        """Give the latents as they are."""
+        return batch
+
+    def decode(self, x):
+        """Pixels (B, C, H, W) in [-1, 1]."""
+        height, width = self._pixels.shape[1:]
+        return torch.cat(
+            [self._autoencoder.decode(part)[..., :height, :width].cpu() for part in x.split(64)]
+        )
+
+
+def _rescale(pixels, old, new):
+    """Pixels of one range in another, as floats."""
+    return (to_unit(pixels, old) + 1) * ((new[1] - new[0]) / 2) + new[0]
+
+
+def space_from_state(state, autoencoder=None):
+    """Make a space again from what `state()` gave, and from the autoencoder where there is one."""
+    if "std" in state:
+        return ComponentSpace(**state)
+    pixels = PixelSpace(**state)
+    return pixels if autoencoder is None else LatentSpace(pixels, autoencoder)

@@ -1,0 +1,227 @@
+"""Gen-SIS against vanilla DINO on real images: Tables 1, 5, 6, 7, 8 and 11 of the paper, small.
+
+    DIFFAUGKIT_DATA=folder python images.py --sets cifar lung --seeds 0 1 2 --out images.json
+
+For each set and seed one vanilla encoder and one generator are fitted; every variant then learns
+from scratch with the same seed, epochs and crops as the vanilla one, so that what differs is what
+it sees. ``--local-crops 0`` is the table without local crops. The judge is DINO's weighted k-NN
+(k = 20) and scikit-learn's logistic regression on features of held-out images; tissue is split by
+source tile. Each result is written as it comes, and a second run goes on where the first stopped::
+
+    python images.py --quick                                # a smoke test, minutes
+    python images.py --tables --out images.json             # run nothing, print the tables
+    python images.py --sets cifar10 --epochs 200            # CIFAR-10 at full size, for a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+from _common import Results, markdown
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+SETS = ("cifar", "lung", "cifar10")
+VARIANTS = {
+    # name: (method, share of generated second views, interpolations)
+    "DINO": ("dino", 0.0, None),
+    "+ generated": ("dino", 1.0, None),
+    "+ interpolated": ("dino", 0.0, "slerp"),
+    "Gen-DINO": ("dino", 1.0, "slerp"),
+    "Gen-DINO, mixed before the head": ("dino", 1.0, "slerp, features"),
+    "Gen-DINO, pixel blends": ("dino", 1.0, "pixels"),
+    "SimCLR": ("simclr", 0.0, None),
+    "SimC.+Dif.": ("simclr", 1.0, None),
+}
+
+
+def load_images(name, seed):
+    """Training images, test images, their labels, and the groups of the training images or None."""
+    folder = os.environ.get("DIFFAUGKIT_DATA")
+    if name == "cifar10":
+        from diffaugkit.datasets import fetch_cifar10
+
+        X, y, X_test, y_test = fetch_cifar10(data_home=folder)
+        return X, y, X_test, y_test, None
+    if not folder:
+        raise SystemExit("set DIFFAUGKIT_DATA to the folder that holds the image sets")
+    if name == "cifar":
+        with np.load(Path(folder) / "cifar10_6k.npz") as file:
+            return file["X"], file["y"], file["X_test"], file["y_test"], None
+    with np.load(Path(folder) / "lung_he64.npz") as file:
+        X, y, group = file["X"], file["y"], file["group"]
+    # Rotated copies of one source tile must not be on both sides.
+    tiles = np.unique(group)
+    held_out = np.random.default_rng(seed).permutation(tiles)[: len(tiles) // 4]
+    test = np.isin(group, held_out)
+    return X[~test], y[~test], X[test], y[test], group[~test]
+
+
+def judge(encoder, X, y, X_test, y_test):
+    """Weighted k-NN and logistic regression of held-out images, accuracy in percent."""
+    from diffaugkit.metrics import weighted_knn_accuracy
+
+    features, features_test = encoder.transform(X), encoder.transform(X_test)
+    linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        linear.fit(features, y)
+    return {
+        "knn": 100 * float(weighted_knn_accuracy(features, y, features_test, y_test, k=20)),
+        "linear": 100 * float(linear.score(features_test, y_test)),
+    }
+
+
+def run(args, results):
+    from diffaugkit import EmbeddingConditionedDiffusion, SelfSupervisedEncoder
+    from diffaugkit.gen_sis import draw_partners
+    from diffaugkit.metrics import frechet_distance, quality_report
+
+    for name in args.sets:
+        for seed in args.seeds:
+            X, y, X_test, y_test, groups = load_images(name, seed)
+            if args.quick:
+                X, y = X[::16], y[::16]
+                groups = None if groups is None else groups[::16]
+            tissue = name == "lung"
+            crops = args.local_crops
+
+            def encoder(method, seed=seed, tissue=tissue):
+                options = {"augmentation": "tissue"} if tissue else {}
+                if method == "dino" and args.local_crops is not None:
+                    options["n_local_crops"] = args.local_crops
+                if args.epochs:
+                    options["max_epochs"] = args.epochs
+                return SelfSupervisedEncoder(method, random_state=seed, **options)
+
+            key = f"{name}|{'auto' if crops is None else crops}|{seed}"
+            todo = [v for v in args.variants if f"{key}|{v}" not in results.read()]
+            if not todo:
+                continue
+            print(f"{key}: {len(X)} images", flush=True)
+            vanilla = encoder("dino").fit(X)
+            embeddings = vanilla.transform(X)
+            generator = EmbeddingConditionedDiffusion(
+                encoder=None,
+                random_state=seed,
+                **({"max_epochs": args.diffusion_epochs} if args.diffusion_epochs else {}),
+            ).fit(X, embeddings=embeddings)
+            views = [generator.sample(embeddings, random_state=i) for i in range(args.n_views)]
+            partners = draw_partners(len(X), groups, seed)
+            alphas = np.full(len(X), 0.5, np.float32)
+            if tissue:
+                alphas = np.random.default_rng(seed).choice(
+                    np.float32([0.2, 0.4, 0.6, 0.8]), len(X)
+                )
+            half = generator.sample(
+                _between(embeddings, embeddings[partners], alphas), random_state=99
+            )
+            share = alphas[:, None, None, None]
+            blend = np.rint(share * X + (1 - share) * X[partners]).astype(np.uint8)
+            made = vanilla.transform(views[0])
+            report = quality_report(made, np.arange(len(X)), embeddings, labels=y, random_state=0)
+            record = report.to_frame().squeeze().to_dict() | {
+                "frechet_generated": frechet_distance(embeddings, made),
+                "frechet_real_halves": frechet_distance(embeddings[::2], embeddings[1::2]),
+            }
+            results.add(f"{key}|generator", {k: float(v) for k, v in record.items() if v == v})
+
+            for variant in todo:
+                method, share_generated, between = VARIANTS[variant]
+                start = time.perf_counter()
+                if variant == "DINO":
+                    model = vanilla
+                else:
+                    model = encoder(method).set_params(positives_prob=share_generated)
+                    given = None
+                    if between is not None:
+                        pictures = blend if between == "pixels" else half
+                        given = (pictures, partners, alphas)
+                    if between is not None and "features" in between:
+                        model.set_params(method_options={"mix": "features"})
+                    model.fit(X, positives=views if share_generated else None, interpolations=given)
+                scores = judge(model, X, y, X_test, y_test)
+                scores["seconds"] = round(time.perf_counter() - start, 1)
+                results.add(f"{key}|{variant}", scores)
+                print(
+                    f"  {variant}: k-NN {scores['knn']:.1f}, linear {scores['linear']:.1f}",
+                    flush=True,
+                )
+
+
+def _between(a, b, alphas):
+    from diffaugkit.embedding_diffusion import interpolate_rows
+
+    return interpolate_rows(a, b, alphas, "slerp")
+
+
+def tables(results):
+    """Mean and standard deviation over seeds, and the difference to the vanilla encoder."""
+    records = results.read()
+    for group in sorted({tuple(key.split("|")[:2]) for key in records}):
+        seeds = sorted({key.split("|")[2] for key in records if tuple(key.split("|")[:2]) == group})
+        rows = []
+        for variant, (method, *_) in VARIANTS.items():
+            base = "SimCLR" if method == "simclr" else "DINO"
+            pairs = [
+                (
+                    records[f"{group[0]}|{group[1]}|{seed}|{variant}"],
+                    records.get(f"{group[0]}|{group[1]}|{seed}|{base}"),
+                )
+                for seed in seeds
+                if f"{group[0]}|{group[1]}|{seed}|{variant}" in records
+            ]
+            if not pairs:
+                continue
+            row = [variant, len(pairs)]
+            for metric in ("knn", "linear"):
+                values = np.array([own[metric] for own, _ in pairs])
+                gains = np.array([own[metric] - other[metric] for own, other in pairs if other])
+                row.append(f"{values.mean():.1f} ± {values.std():.1f}")
+                row.append(f"{gains.mean():+.1f} ± {gains.std():.1f}" if len(gains) else "")
+            rows.append(row)
+        print(f"\n### {group[0]}, local crops: {group[1]}\n")
+        header = ["variant", "seeds", "k-NN %", "against vanilla", "linear %", "against vanilla"]
+        print(markdown(header, rows))
+        reports = [
+            records[k] for k in records if k.startswith("|".join(group)) and k.endswith("generator")
+        ]
+        names = sorted(set().union(*reports)) if reports else []
+        print()
+        print(
+            markdown(
+                ["of the generated images", "mean over seeds"],
+                [[n, f"{np.mean([r[n] for r in reports if n in r]):.3f}"] for n in names],
+            )
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["cifar", "lung"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--local-crops", type=int, help="default: the library's")
+    parser.add_argument("--epochs", type=int, help="of every encoder; default: the library's")
+    parser.add_argument("--diffusion-epochs", type=int, help="default: the library's")
+    parser.add_argument("--n-views", type=int, default=4, help="generated images per image")
+    parser.add_argument("--out", default="images.json", help="result file, resumed when it exists")
+    parser.add_argument(
+        "--quick", action="store_true", help="a sixteenth of the data: a smoke test"
+    )
+    parser.add_argument("--tables", action="store_true", help="run nothing, print the tables")
+    args = parser.parse_args()
+    results = Results(args.out)
+    if not args.tables:
+        run(args, results)
+    tables(results)
+
+
+if __name__ == "__main__":
+    main()

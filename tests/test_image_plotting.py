@@ -1,0 +1,256 @@
+"""The mosaics: which image stands where, what the headings say, and how values become colours."""
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+from diffaugkit.plotting import AttentionDisplay, InterpolationDisplay, SampleGridDisplay
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+def pictures(n, h=6, w=5, c=3, seed=0):
+    return np.random.default_rng(seed).integers(256, size=(n, h, w, c), dtype=np.uint8)
+
+
+def headings(display):
+    return [text.get_text() for text in display.ax_.get_xticklabels()]
+
+
+def row_names(display):
+    return [text.get_text() for text in display.ax_.get_yticklabels()]
+
+
+def tiles(display, h=6, w=5):
+    """The mosaic cut into its tiles, found by the gaps of pure white columns and rows."""
+    mosaic = np.asarray(display.image_.get_array())
+    white = (mosaic == 1.0).all(axis=2)
+    starts = []
+    for axis, side in ((1, h), (0, w)):
+        filled = np.flatnonzero(~white.all(axis=axis))
+        starts.append([i for i in filled if (i - filled[0]) == 0 or i - 1 not in filled])
+        assert all({*range(i, i + side)} <= {*filled} for i in starts[-1])
+    rows, columns = starts
+    return np.array([[mosaic[i : i + h, j : j + w] for j in columns] for i in rows])
+
+
+class Generator:
+    """The smallest thing that can be drawn: says by its pixels what it was asked."""
+
+    def augment(self, X, n_per_sample, random_state=0):
+        X = np.repeat(np.asarray(X), n_per_sample, axis=0)
+        return np.where(np.arange(len(X)).reshape(-1, *[1] * (X.ndim - 1)) % 2, X, X // 2 + 9)
+
+    def interpolate(self, X_a, X_b, alpha, random_state=0):
+        return np.rint(alpha * np.asarray(X_a, float) + (1 - alpha) * X_b).astype(np.uint8)
+
+    def attention_maps(self, X):
+        return torch.arange(len(X) * 2 * 6.0).reshape(len(X), 2, 3, 2) / 100
+
+
+# ------------------------------------------------------------------ SampleGridDisplay
+
+
+def test_sample_grid_shows_source_generated_and_nearest():
+    X, real = pictures(3), pictures(40, seed=1)
+    real[7] = Generator().augment(X, 2)[2]  # a copy of a generated image of the second row
+    display = SampleGridDisplay.from_estimator(
+        Generator(), X, ["cat", "dog", "a frog"], n_per_sample=2, real=real
+    )
+    assert headings(display) == ["source", "generated", "nearest real"]
+    assert row_names(display) == ["cat", "dog", "a frog"]
+    shown = tiles(display)
+    assert shown.shape == (3, 4, 6, 5, 3)
+    assert np.allclose(shown[:, 0] * 255, X)
+    assert np.allclose(shown[:, 1:3].reshape(6, 6, 5, 3) * 255, Generator().augment(X, 2))
+    assert np.allclose(shown[1, 3] * 255, real[7])
+    generated = Generator().augment(X, 2).reshape(3, 2, 1, -1).astype(float)
+    distance = np.linalg.norm(generated - real.reshape(40, -1), axis=-1).min(axis=1)
+    assert np.allclose(shown[:, 3] * 255, real[distance.argmin(axis=1)])
+
+
+def test_sample_grid_of_nearest_images_under_an_extractor():
+    X, real = pictures(2), pictures(30, seed=1)
+
+    def brightness(images):
+        return images.mean(axis=(1, 2, 3))[:, None]
+
+    display = SampleGridDisplay.from_estimator(
+        Generator(), X, n_per_sample=1, real=real, extractor=brightness
+    )
+    generated = brightness(Generator().augment(X, 1))
+    nearest = np.abs(generated - brightness(real).T).argmin(axis=1)
+    assert np.allclose(tiles(display)[:, 2] * 255, real[nearest])
+
+
+def test_sample_grid_of_generated_images_alone():
+    display = SampleGridDisplay(pictures(5)).plot(n_columns=3)
+    assert headings(display) == [""]
+    assert row_names(display) == []
+    shown = tiles(display)
+    assert np.allclose(shown.reshape(6, 6, 5, 3)[:5] * 255, pictures(5))
+    assert (shown[1, 2] == 1.0).all()
+    assert tiles(SampleGridDisplay(pictures(2)).plot()).shape[:2] == (1, 2)
+
+
+def test_sample_grid_draws_into_given_axes():
+    figure, axes = matplotlib.pyplot.subplots(1, 2)
+    display = SampleGridDisplay(pictures(4), pictures(4)).plot(ax=axes[1])
+    assert display.ax_ is axes[1]
+    assert display.figure_ is figure
+    assert not axes[0].images
+
+
+def test_images_of_all_kinds_show_alike():
+    image = pictures(3)
+    first = torch.from_numpy(image).permute(0, 3, 1, 2)
+    kinds = [image, first, list(image), image / 255.0, first / 127.5 - 1.0]
+    for kind in kinds:
+        assert np.allclose(tiles(SampleGridDisplay(kind).plot())[0] * 255, image, atol=1e-3)
+    flat = SampleGridDisplay(image.reshape(3, -1), image_shape=(6, 5, 3)).plot()
+    assert np.allclose(tiles(flat)[0] * 255, image)
+    # Grey values become equal red, green and blue; transparent pixels lie on white.
+    grey = tiles(SampleGridDisplay(image[..., 0]).plot())[0]
+    assert np.allclose(grey * 255, image[..., :1])
+    alpha = np.full((3, 6, 5, 1), 51, dtype=np.uint8)
+    faint = tiles(SampleGridDisplay(np.concatenate([image, alpha], axis=-1)).plot())[0]
+    assert np.allclose(faint, 0.2 * image / 255 + 0.8)
+
+
+def test_black_and_white_come_from_the_source():
+    source = np.linspace(0.0, 16.0, 90).reshape(1, 6, 5, 3)
+    shown = tiles(SampleGridDisplay(source * 2 - 1, source).plot())
+    assert np.allclose(shown[0, 0], source[0] / 16)
+    assert np.allclose(shown[0, 1], np.clip((source[0] * 2 - 1) / 16, 0, 1))
+    shown = tiles(SampleGridDisplay(source, pixel_range=(0, 32)).plot())
+    assert np.allclose(shown[0, 0], source[0] / 32)
+
+
+def test_small_images_keep_their_pixels_and_large_ones_are_averaged():
+    small = SampleGridDisplay(pictures(2, 64, 64)).plot()
+    assert small.image_.get_interpolation() == "nearest"
+    large = SampleGridDisplay(pictures(2, 96, 96)).plot()
+    assert large.image_.get_interpolation() != "nearest"
+
+
+def test_nothing_is_cut_off():
+    names = ["a rather long name of a row", "another"]
+    for display in (
+        SampleGridDisplay(pictures(8), pictures(2), names).plot(),
+        AttentionDisplay.from_estimator(Generator(), pictures(2), labels=names),
+    ):
+        display.figure_.canvas.draw()
+        page = display.figure_.bbox
+        for text in (*display.ax_.get_xticklabels(), *display.ax_.get_yticklabels()):
+            box = text.get_window_extent()
+            assert box.x0 >= -1
+            assert box.y1 <= page.y1 + 1
+            assert box.x1 <= page.x1 + 1
+
+
+# ------------------------------------------------------------------ InterpolationDisplay
+
+
+def test_interpolation_strips():
+    a, b = pictures(2), pictures(2, seed=1)
+    display = InterpolationDisplay.from_estimator(
+        Generator(), a, b, alphas=(1.0, 0.5, 0.0), labels=["x", "y"], random_state=3
+    )
+    assert headings(display) == ["real a", "1", "0.5", "0", "real b"]
+    assert row_names(display) == ["x", "y"]
+    assert display.ax_.get_xlabel() == "share of a in the embedding"
+    shown = tiles(display)
+    assert shown.shape[:2] == (2, 5)
+    assert np.allclose(shown[:, 0], shown[:, 1])
+    assert np.allclose(shown[:, 3], shown[:, 4])
+    assert np.allclose(shown[:, 4] * 255, b)
+    assert np.allclose(shown[:, 2], (shown[:, 0] + shown[:, 4]) / 2, atol=1 / 255)
+    assert len(headings(InterpolationDisplay.from_estimator(Generator(), a, b))) == 7
+
+
+def test_interpolation_passes_its_seed_and_the_fitted_shape_on():
+    class Fitted:
+        image_shape_ = (6, 5, 3)
+        seeds = []  # noqa: RUF012
+
+        def interpolate(self, X_a, X_b, alpha, random_state=None):
+            self.seeds.append(random_state)
+            return X_a
+
+    flat = pictures(2).reshape(2, -1)
+    display = InterpolationDisplay.from_estimator(Fitted(), flat, flat, [0.5], random_state=4)
+    assert np.allclose(tiles(display)[:, 1] * 255, pictures(2))
+    InterpolationDisplay.from_estimator(Fitted(), flat, flat, [0.5])
+    assert Fitted.seeds == [4, None]
+
+
+# ------------------------------------------------------------------ AttentionDisplay
+
+
+def test_attention_stands_beside_its_image_on_one_scale():
+    X = pictures(3, 6, 4)
+    display = AttentionDisplay.from_estimator(Generator(), X, labels="abc")
+    assert headings(display) == ["image", "head 1", "head 2"]
+    assert row_names(display) == ["a", "b", "c"]
+    assert display.colorbar_.vmin == 0.0
+    assert display.colorbar_.vmax == pytest.approx(0.35)
+    assert display.colorbar_.ax.get_ylabel() == "attention"
+    shown = tiles(display, 6, 4)
+    assert np.allclose(shown[:, 0] * 255, X)
+    colours = matplotlib.colormaps["magma"]
+    attention = Generator().attention_maps(X).numpy()
+    # Bilinear enlargement by 2: the corners keep their values, and what is brightest stays so.
+    for corner in (0, -1):
+        known = colours(attention[:, :, corner, corner] / 0.35)[..., :3]
+        assert np.allclose(shown[:, 1:, corner, corner], known, atol=1e-6)
+    assert np.allclose(shown[-1, -1, -1, -1], colours(1.0)[:3])
+
+
+def test_attention_of_equal_size_is_shown_as_it_is():
+    X, attention = pictures(1, 6, 4), np.random.default_rng(0).random((1, 1, 6, 4))
+    display = AttentionDisplay(X, attention).plot(cmap="viridis", vmax=2.0)
+    known = matplotlib.colormaps["viridis"](attention[0, 0] / 2.0)[..., :3]
+    assert np.allclose(tiles(display, 6, 4)[0, 1], known)
+
+
+# ------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SampleGridDisplay(pictures(5), pictures(2)).plot(), "5 images for 2 sources"),
+        (lambda: SampleGridDisplay(pictures(4, 8), pictures(2)).plot(), "one size"),
+        (lambda: SampleGridDisplay(pictures(4), pictures(2), ["a"]).plot(), "name the 2 rows"),
+        (lambda: SampleGridDisplay(pictures(4), pictures(2), None, pictures(3)).plot(), "as many"),
+        (lambda: SampleGridDisplay(np.zeros((4, 9))).plot(), "give image_shape"),
+        (lambda: SampleGridDisplay.from_estimator(3, pictures(2)), "int has no method 'augment'"),
+        (
+            lambda: InterpolationDisplay.from_estimator(3, pictures(2), pictures(2)),
+            "int has no method 'interpolate'",
+        ),
+        (
+            lambda: InterpolationDisplay(pictures(2), pictures(2), [], [0.5]).plot(),
+            "each of the 1 alphas",
+        ),
+        (
+            lambda: InterpolationDisplay(pictures(2), pictures(3), [pictures(2)], [0.5]).plot(),
+            "must be as many",
+        ),
+        (lambda: AttentionDisplay.from_estimator(3, pictures(2)), "no method 'attention_maps'"),
+        (lambda: AttentionDisplay(pictures(2), np.zeros((3, 1, 2, 2))).plot(), r"shape \(2, n_h"),
+        (lambda: AttentionDisplay(pictures(1), np.full((1, 1, 2, 2), np.nan)).plot(), "finite"),
+    ],
+)
+def test_errors_say_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
