@@ -4,8 +4,8 @@ Reading order of the files, each of which imports only from those before it:
 
 losses, arrays, metrics, rows, image_rows, image_files, image_inputs, data, datasets,
 decomposition, augmentations, networks, objectives, denoisers, diffusion, persistence, training,
-base, preprocessing, autoencoder, encoder_fits, encoder, spaces, embedding_diffusion, diffaug_em, image_store,
-gen_sis, image_plotting, plotting.
+base, preprocessing, autoencoder, encoder_fits, encoder, spaces, embedding_diffusion, diffaug_em,
+image_store, gen_sis, image_plotting, plotting.
 """
 
 import importlib

@@ -47,10 +47,11 @@ _PAPER_SCHEDULE = {"vectors": (330, 330, 340), "images": (200, 400, 800)}
 class DiffAugEM(TorchTransformer):
     """Embed unlabelled samples with positives that a diffusion model generates from the embedding.
 
-    The main job of the library: from a table of cells (or from images), without labels, a high-dimensional embedding
-    for classifiers and neighbours, a two-dimensional map, and a generator of new cells. Training
-    alternates E-steps (encoder) and M-steps (generator). The first E-step knows only hand-made
-    views; the later ones replace a share of them by samples generated from each row's embedding.
+    The main job of the library: from a table of cells (or from images), without labels, a
+    high-dimensional embedding for classifiers and neighbours, a two-dimensional map, and a
+    generator of new cells. Training alternates E-steps (encoder) and M-steps (generator). The first
+    E-step knows only hand-made views; the later ones replace a share of them by samples generated
+    from each row's embedding.
 
     Parameters
     ----------
@@ -62,7 +63,8 @@ class DiffAugEM(TorchTransformer):
     schedule : "auto" or tuple of int, default="auto"
         Epochs of the phases E, M, E, M, E, ...: an odd number of phases. "auto" is the paper's
         (330, 330, 340), for images (200, 400, 800), or fewer where 1 000 batches a phase come
-        sooner (for vectors from about 900 samples on), but at least 10. An M-step of 0 epochs is left out: (330, 0, 340) is the encoder alone.
+        sooner (for vectors from about 900 samples on), but at least 10. An M-step of 0 epochs is
+        left out: (330, 0, 340) is the encoder alone.
     augmentation_prob : float, default=0.1
         lambda of the paper: share of second views that are generated.
     n_views : int, default=4

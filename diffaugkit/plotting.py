@@ -371,7 +371,7 @@ class TrainingCurveDisplay:
 
     @staticmethod
     def _left(kinds):
-        """Encoders on the left, generators on the right; of unknown kinds the first one alone."""
+        """Put encoders on the left, generators on the right; of unknown kinds the first alone."""
         generators = {"M", "diffusion"} & set(kinds[1:])
         return [kind for kind in kinds if kind not in generators] if generators else kinds[:1]
 

@@ -27,8 +27,8 @@ from diffaugkit.plotting import InterpolationDisplay, SampleGridDisplay, Trainin
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
 parser.add_argument("--folder", type=Path, default=Path(), help="where to write figure and model")
-parser.add_argument("--epochs", type=int, default=30, help="of each encoder")
-parser.add_argument("--diffusion-epochs", type=int, default=30)
+parser.add_argument("--epochs", type=int, default=25, help="of each encoder")
+parser.add_argument("--diffusion-epochs", type=int, default=20)
 args = parser.parse_args()
 
 # %%

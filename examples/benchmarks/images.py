@@ -98,6 +98,8 @@ def run(args, results):
                     options["n_local_crops"] = args.local_crops
                 if args.epochs:
                     options["max_epochs"] = args.epochs
+                if args.batch_size:
+                    options["batch_size"] = args.batch_size
                 return SelfSupervisedEncoder(method, random_state=seed, **options)
 
             key = f"{name}|{'auto' if crops is None else crops}|{seed}"
@@ -209,6 +211,7 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--local-crops", type=int, help="default: the library's")
     parser.add_argument("--epochs", type=int, help="of every encoder; default: the library's")
+    parser.add_argument("--batch-size", type=int, help="of every encoder; default: the library's")
     parser.add_argument("--diffusion-epochs", type=int, help="default: the library's")
     parser.add_argument("--n-views", type=int, default=4, help="generated images per image")
     parser.add_argument("--out", default="images.json", help="result file, resumed when it exists")
