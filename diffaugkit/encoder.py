@@ -27,6 +27,7 @@ import os
 import warnings
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 from sklearn.utils.validation import check_is_fitted
 
@@ -199,8 +200,9 @@ class SelfSupervisedEncoder(TorchTransformer):
     positives_prob : float or "auto", default="auto"
         lambda: share of second views that come from given `positives` (Bernoulli per sample).
         "auto" is DiffAug's 0.1 for vectors and Gen-SIS's 1.0 for images.
-    weight_decay : float or "auto", default="auto"
-        Of AdamW. "auto" is DiffAug's 1e-6 for vectors, and 0.04 for images, where DINO begins.
+    weight_decay : float, tuple of (float, float) or "auto", default="auto"
+        Of AdamW; a pair goes from the first to the last value along a cosine, as DINO's (0.04,
+        0.4), which is for long fits. "auto" is DiffAug's 1e-6 for vectors and 0.04 for images.
     warm_start : bool, default=False
         Go on from the weights and the principal components of the previous fit.
     layer : str or None, default=None
@@ -287,7 +289,7 @@ class SelfSupervisedEncoder(TorchTransformer):
         "embedding_weight": [Interval(Real, 0, None, closed="left")],
         "temperature": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
         "positives_prob": [Interval(Real, 0, 1, closed="both"), StrOptions({"auto"})],
-        "weight_decay": [Interval(Real, 0, None, closed="left"), StrOptions({"auto"})],
+        "weight_decay": [Interval(Real, 0, None, closed="left"), StrOptions({"auto"}), tuple, list],
         "warm_start": ["boolean"],
         "layer": [str, None],
         "max_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
@@ -434,7 +436,7 @@ class SelfSupervisedEncoder(TorchTransformer):
         CollapseWarning
             If all samples end with nearly the same embedding.
         """
-        self._check_method_options()
+        self._check_options()
         rows = self._check_fit_input(X)
         images = is_image(rows)
         state = self._prepare(
@@ -448,9 +450,10 @@ class SelfSupervisedEncoder(TorchTransformer):
             state.batches,
             seed=state.seed,
             max_epochs=epochs,
-            weight_decay=self._weight_decay(images),
+            **self._weight_decay(images),
             warmup=0.1 if images else 0.05,
             grad_clip=3.0 if images else 5.0,
+            clip_each=self._method(images) == "dino",
             after_step=state.module.after_step,
         )
         self._set_fitted(state, module, history)
@@ -606,9 +609,11 @@ class SelfSupervisedEncoder(TorchTransformer):
         return "dino" if images else "scl"
 
     def _weight_decay(self, images):
-        if self.weight_decay != "auto":
-            return self.weight_decay
-        return 0.04 if images else 1e-6
+        decay = self.weight_decay
+        if isinstance(decay, str):
+            decay = 0.04 if images else 1e-6
+        first, *last = np.atleast_1d(decay)
+        return {"weight_decay": float(first), "final_weight_decay": float(*last) if last else None}
 
     def _learning_rate(self, batches):
         if self.learning_rate != "auto":
@@ -619,13 +624,20 @@ class SelfSupervisedEncoder(TorchTransformer):
     def _option(self, name):
         return {**_METHOD_OPTIONS, **(self.method_options or {})}[name]
 
-    def _check_method_options(self):
+    def _check_options(self):
         given = self.method_options or {}
         if unknown := sorted(set(given) - set(_METHOD_OPTIONS)):
             raise ValueError(
                 f"method_options has no {', '.join(map(repr, unknown))}; it takes "
                 f"{', '.join(_METHOD_OPTIONS)}."
             )
+        if not isinstance(self.weight_decay, str):
+            pair = np.atleast_1d(np.asarray(self.weight_decay, dtype=float))
+            if len(pair) > 2 or not (pair.size and (pair >= 0).all()):
+                raise ValueError(
+                    f"weight_decay={self.weight_decay!r} must be a number of at least 0, or two of "
+                    "them: the first and the last value."
+                )
         if self._option("mix") not in ("logits", "features"):
             raise ValueError(
                 f"method_options: mix={self._option('mix')!r} must be 'logits' or 'features'."
@@ -785,12 +797,6 @@ class SelfSupervisedEncoder(TorchTransformer):
                 return fn(x).float().cpu()
 
         return sample_in_batches(run, len(inputs), size).numpy()
-
-    def __sklearn_tags__(self):  # noqa: D105
-        tags = super().__sklearn_tags__()
-        # With a shape, rows are images: those are dense.
-        tags.input_tags.sparse = self.image_shape is None
-        return tags
 
     @property
     def _n_features_out(self):

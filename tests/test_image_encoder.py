@@ -187,6 +187,21 @@ def mirrored(batch):
     return batch.flip(3)
 
 
+@pytest.mark.parametrize(("given", "used"), [("auto", [0.04, 0.04]), ((0.04, 0.4), [0.04, 0.4])])
+def test_weight_decay_may_rise(X, monkeypatch, given, used):
+    decays, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        decays.append(self.param_groups[0]["weight_decay"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    tiny(weight_decay=given, max_epochs=20).fit(X)
+    np.testing.assert_allclose([decays[0], decays[-1]], used, atol=2e-3)
+    with pytest.raises(ValueError, match=r"weight_decay=\(0.1, -1\) must be"):
+        tiny(weight_decay=(0.1, -1)).fit(X)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
