@@ -29,7 +29,7 @@ __all__ = ["ComponentSpace", "LatentSpace", "PixelSpace", "space_from_state"]
 _LATENTS_IN_MEMORY = 2**28
 # Values inside one batch of sampling, and its fewest and most rows. The size is fixed, and the last
 # batch is filled up: a larger one makes many samples faster, and a single one slower.
-_SAMPLING_ON_CPU = 2**16, 4, 32
+_SAMPLING_ON_CPU = 2**15, 4, 128
 _SAMPLING_ON_GPU = 2**20, 16, 512
 
 

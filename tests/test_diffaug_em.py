@@ -393,3 +393,55 @@ def test_easy_blobs(blobs):
     of_source = KNeighborsClassifier(5).fit(X, labels)
     assert of_source.score(generated, np.repeat(labels, 2)) >= 0.95
     assert 0.8 < model.quality_report(X, labels).spread_ratio < 1.2
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def tiny_on_images(**more):
+    encoder = SelfSupervisedEncoder("scl", "small_resnet", n_components=6, batch_size=16)
+    diffusion = EmbeddingConditionedDiffusion(
+        block_out_channels=(8, 8), batch_size=16, n_sampling_steps=2
+    )
+    options = {"schedule": (1, 1, 1), "n_views": 1, "augmentation_prob": 1.0, "random_state": 0}
+    return DiffAugEM(encoder, diffusion, **{**options, **more})
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, size=(32, 8, 8, 3), dtype=np.uint8)
+
+
+def test_images_go_through_the_same_algorithm(pictures, tmp_path):
+    model = tiny_on_images().fit(pictures)
+    assert model.image_shape_ == (8, 8, 3)
+    assert model.transform(pictures).shape == (32, 6)
+    assert model.project(pictures).shape == (32, 2)
+    made = model.augment(pictures[:4], 2)
+    assert made.shape == (8, 8, 8, 3)
+    assert made.dtype == np.uint8
+    assert list(model.history_["phase"]) == ["E", "M", "E"]
+    alone = tiny_on_images(schedule=(1, 0, 1)).fit(pictures)
+    assert not np.array_equal(alone.transform(pictures), model.transform(pictures))
+    model.save(tmp_path / "model")
+    loaded = diffaugkit.load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.transform(pictures), model.transform(pictures))
+    np.testing.assert_array_equal(loaded.augment(pictures[:2]), model.augment(pictures[:2]))
+
+
+def test_flattened_images_come_back_flat(pictures):
+    X = pictures.reshape(32, -1) / 255
+    model = tiny_on_images(image_shape=(8, 8, 3))
+    model.set_params(encoder__image_shape=(8, 8, 3), diffusion__image_shape=(8, 8, 3)).fit(X)
+    made = model.augment(X[:3])
+    assert made.shape == (3, 192)
+    assert made.min() >= 0
+    assert made.max() <= 1
+
+
+def test_automatic_parts_for_images(pictures):
+    model = DiffAugEM(schedule=(1,), random_state=0).fit(pictures)
+    assert model.encoder_.method == "scl"
+    assert DiffAugEM()._schedule(model.encoder_, 100, "images") == (200, 400, 800)
+    with pytest.raises(ValueError, match="joint=True is for vectors"):
+        DiffAugEM(joint=True).fit(pictures)

@@ -405,7 +405,7 @@ def test_batches_of_sampling_fit_the_size():
         side: [PixelSpace((3, side, side), (0, 255), "flat").sampling_batch(d) for d in (cpu, gpu)]
         for side in (8, 32, 64, 512)
     }
-    assert sizes == {8: [32, 512], 32: [16, 256], 64: [4, 64], 512: [4, 16]}
+    assert sizes == {8: [128, 512], 32: [8, 256], 64: [4, 64], 512: [4, 16]}
 
 
 def test_options_reach_the_model(images):
