@@ -285,7 +285,7 @@ class LatentAutoencoder(TorchTransformer):
 
         Returns
         -------
-        ndarray of shape (n_samples, prod(latent_shape_)), float32
+        ndarray of shape (n_samples, n_latents), float32
             Of spread near 1; ``.reshape(-1, *latent_shape_)`` gives what :meth:`latents` gives. An
             image's latents do not depend on the images beside it.
         """
@@ -313,7 +313,7 @@ class LatentAutoencoder(TorchTransformer):
 
         Parameters
         ----------
-        Z : array-like of shape (n_samples, prod(latent_shape_)) or (n_samples, *latent_shape_)
+        Z : array-like of shape (n_samples, n_latents) or (n_samples, c, h, w)
             Latents.
 
         Returns

@@ -98,7 +98,7 @@ class DiffAugEM(TorchTransformer):
     n_iter_ : int
         Epochs of all phases.
     n_features_in_ : int
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (n_features,)
         Only if the names are strings.
 
     See Also

@@ -240,7 +240,7 @@ class SelfSupervisedEncoder(TorchTransformer):
     n_iter_ : int
         Epochs of the last fit.
     n_features_in_ : int
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (n_features,)
         Only if the names are strings.
 
     References

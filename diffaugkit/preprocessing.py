@@ -240,7 +240,7 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     ----------
     genes_ : ndarray of shape (n_genes,), int64
         Positions of the chosen genes, rising; for "both" those of the log block.
-    gene_scores_ : ndarray of shape (n_features_in_,) or None
+    gene_scores_ : ndarray of shape (n_features,) or None
         What they were chosen by: standardised dispersion (NaN: no variance) or variance of the
         residuals; None if all genes are kept.
     residual_genes_, residual_gene_scores_ : ndarray or None
@@ -261,7 +261,7 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         What it is then multiplied by.
     n_features_in_ : int
         Number of genes seen in ``fit``.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (n_features,)
         Their names, where X had names.
 
     See Also
@@ -573,7 +573,7 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
         Parameters
         ----------
-        input_features : array-like of str of shape (n_features_in_,) or None, default=None
+        input_features : array-like of str of shape (n_features,) or None, default=None
             Names of the input genes; None takes ``feature_names_in_``, or x0, x1, ...
 
         Returns

@@ -27,6 +27,8 @@ autodoc_default_options = {
     # scikit-learn writes these methods, with links into its own pages.
     "exclude-members": "set_fit_request, set_score_request, set_inverse_transform_request",
 }
+# Inherited docstrings refer to pages of scikit-learn.
+suppress_warnings = ["ref.ref"]
 default_role = "literal"
 
 # Examples take minutes: they are shown, not run.

@@ -36,9 +36,8 @@ def copy_detection_features(
     ----------
     cls_tokens : array-like or tensor of shape (n_samples, n_features)
         CLS tokens of the last layer.
-    patch_tokens : array-like or tensor of shape (n_samples, n_patches, n_features) or \
-(n_samples, h, w, n_features)
-        Patch tokens of the last layer.
+    patch_tokens : array-like or tensor of shape (n_samples, n_patches, n_features)
+        Patch tokens of the last layer, or (n_samples, h, w, n_features).
     p : float > 0, default=4
         1 is the mean of the positive parts, large values the maximum. DINO takes 4.
     whitening : fitted transformer or None, default=None

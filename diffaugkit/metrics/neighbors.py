@@ -42,7 +42,7 @@ class WeightedKNNClassifier(ClassifierMixin, BaseEstimator):
         Classes seen in fit.
     n_features_in_ : int
         Number of features.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (n_features,)
         Their names, where `X` had names.
 
     See Also
