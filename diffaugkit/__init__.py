@@ -2,10 +2,12 @@
 
 Reading order of the files, each of which imports only from those before it:
 
-losses, arrays, metrics, rows, image_rows, image_files, image_inputs, data, datasets,
-decomposition, augmentations, networks, objectives, denoisers, diffusion, persistence, training,
-base, preprocessing, autoencoder, encoder_fits, encoder, spaces, embedding_diffusion, diffaug_em,
-image_store, gen_sis, image_plotting, plotting.
+losses, segmentation_losses, arrays, metrics, rows, image_rows, image_files, image_inputs, data,
+datasets, decomposition, augmentations, networks, objectives, denoisers, diffusion, persistence,
+training, base, preprocessing, autoencoder, encoder_fits, encoder, spaces, embedding_diffusion,
+diffaug_em, image_store, gen_sis, resampling, augmenter, histo_networks, histo_augmenter,
+segmentation_data, segmentation_networks, segmentation_tiles, segmenter, zero_shot_segmenter, mil,
+image_plotting, segmentation_plotting, plotting.
 """
 
 import importlib
@@ -14,17 +16,23 @@ __version__ = "0.1.0.dev0"
 
 _HOMES = {
     "AttentionDisplay": "plotting",
+    "AttentionMILClassifier": "mil",
     "CellPreprocessor": "preprocessing",
     "DiffAugEM": "diffaug_em",
+    "DiffusionSegmenter": "segmenter",
     "EmbeddingConditionedDiffusion": "embedding_diffusion",
     "EmbeddingDisplay": "plotting",
     "GenSIS": "gen_sis",
+    "GenerativeAugmenter": "augmenter",
+    "HistoDiffusionAugmenter": "histo_augmenter",
     "InterpolationDisplay": "plotting",
     "LatentAutoencoder": "autoencoder",
     "SampleGridDisplay": "plotting",
+    "SegmentationDisplay": "plotting",
     "SelfSupervisedEncoder": "encoder",
     "SimilarityHistogramDisplay": "plotting",
     "TrainingCurveDisplay": "plotting",
+    "ZeroShotSegmenter": "zero_shot_segmenter",
     "load": "persistence",
     "save": "persistence",
 }

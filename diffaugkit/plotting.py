@@ -5,6 +5,7 @@ import re
 import numpy as np
 
 from diffaugkit.image_plotting import AttentionDisplay, InterpolationDisplay, SampleGridDisplay
+from diffaugkit.segmentation_plotting import SegmentationDisplay
 
 __all__ = [
     "PALETTE",
@@ -12,6 +13,7 @@ __all__ = [
     "EmbeddingDisplay",
     "InterpolationDisplay",
     "SampleGridDisplay",
+    "SegmentationDisplay",
     "SimilarityHistogramDisplay",
     "TrainingCurveDisplay",
 ]

@@ -2,7 +2,7 @@
 
 This is the one public door. Reading order of the files behind it:
 
-checks, embeddings, probe, neighbors, generation, quality, images.
+checks, embeddings, probe, neighbors, generation, quality, images, segmentation.
 """
 
 from diffaugkit.metrics.embeddings import (
@@ -43,6 +43,26 @@ from diffaugkit.metrics.quality import (
     make_generation_scorer,
     quality_report,
 )
+from diffaugkit.metrics.segmentation import (
+    dice_score,
+    dice_scorer,
+    hausdorff_distance,
+    hd95,
+    iou_score,
+    iou_scorer,
+    label_instances,
+    matched_dice,
+    matched_iou,
+    object_aji,
+    object_f1,
+    panoptic_quality,
+    pixel_aji,
+    row_hausdorff,
+    sensitivity,
+    sensitivity_scorer,
+    specificity,
+    specificity_scorer,
+)
 
 __all__ = [
     "NEAR_COPY",
@@ -52,25 +72,43 @@ __all__ = [
     "clustering_accuracy",
     "copy_detection_features",
     "copy_ratio",
+    "dice_score",
+    "dice_scorer",
     "frechet_distance",
     "frechet_scorer",
+    "hausdorff_distance",
+    "hd95",
     "inception_extractor",
+    "iou_score",
+    "iou_scorer",
     "jaccard_j",
     "kernel_distance",
     "kernel_scorer",
     "kmeans_scores",
     "knn_accuracy",
     "label_consistency",
+    "label_instances",
     "linear_probe",
     "linear_probe_accuracy",
     "linear_svm_accuracy",
     "make_embedding_scorer",
     "make_generation_scorer",
+    "matched_dice",
+    "matched_iou",
     "nearest_training_samples",
+    "object_aji",
+    "object_f1",
+    "panoptic_quality",
+    "pixel_aji",
     "precision_recall",
     "propagate_labels",
     "quality_report",
     "retrieval_map",
+    "row_hausdorff",
+    "sensitivity",
+    "sensitivity_scorer",
+    "specificity",
+    "specificity_scorer",
     "spread_ratio",
     "weighted_knn_accuracy",
 ]

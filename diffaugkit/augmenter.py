@@ -1,0 +1,722 @@
+"""Labelled data grows: a sampler in imbalanced-learn's form over a diffusion model.
+
+"DiNO-Diffusion: Scaling Medical Diffusion Models via Self-Supervised Pre-Training", sections 2.3
+and 2.4. New samples are generated under the embedding of a labelled one (reconstruction), or
+between two that share a label (interpolation), checked, and added to the training set.
+
+=============  ===================================================
+paper          here
+=============  ===================================================
+f(x)           ``diffusion_.transform(X)``
+c              condition: f(x), or lerp of two of them
+r              1 - ``alpha``: the share of the farther end
+rs             ``ratio``: synthetic samples per real one
+full synthetic ``replace_real=True``
+=============  ===================================================
+"""
+
+import os
+import warnings
+from numbers import Integral, Real
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.base import OneToOneFeatureMixin, clone
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.frozen import FrozenEstimator
+from sklearn.neighbors import NearestNeighbors
+from sklearn.utils import column_or_1d
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
+
+from diffaugkit.base import (
+    HasMethods,
+    Interval,
+    StrOptions,
+    TorchEstimator,
+    _fit_context,
+    all_or_nothing,
+)
+from diffaugkit.data import check_X
+from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, interpolate_rows
+from diffaugkit.image_rows import ImageRows, to_unit
+from diffaugkit.metrics import NEAR_COPY, QualityReport, quality_report
+from diffaugkit.resampling import (
+    SharedLabelPairs,
+    append_like,
+    count_wanted,
+    cycle,
+    read_targets,
+    sampler_tags,
+    take_like,
+)
+from diffaugkit.rows import DenseRows
+from diffaugkit.training import mix_seed
+
+# Samples that the quality report looks at: its cost grows with their square.
+_REPORT_ROWS = 2_000
+# Images from which the components of pixels are learned.
+_PIXEL_ROWS = 4_096
+_STRATEGIES = {"auto", "minority", "not minority", "not majority", "all"}
+_PROVENANCE = ("source", "partner", "alpha", "seed", "row", "confidence", "copy_ratio")
+
+
+class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
+    """Add generated samples to a labelled set, as imbalanced-learn's samplers do.
+
+    A diffusion model learns from the samples without their labels, or was pre-trained on a larger
+    pool. New samples are drawn under the embeddings of labelled ones, and take their labels.
+    Those that real neighbours give another label, and copies, are dropped and replaced.
+
+    Parameters
+    ----------
+    diffusion : "auto" or estimator, default="auto"
+        An :class:`~diffaugkit.EmbeddingConditionedDiffusion` with an encoder, for vectors or
+        images. It is cloned and fitted on `X`, or used as it is inside
+        ``sklearn.frozen.FrozenEstimator``: one pre-training on an unlabelled pool then serves many
+        small labelled sets, and each fold of a cross-validation.
+    strategy : {"reconstruction", "interpolation"}, default="reconstruction"
+        "reconstruction" draws under the embedding of one sample. "interpolation" draws between the
+        embeddings of two that share a label (multi-label: at least one, or none at all); no pair is
+        used again before all were. Where a class has no pair its samples are reconstructed.
+    ratio : float, default=1.0
+        Generated samples per real one, in each class. Used where `sampling_strategy` is None. The
+        paper has 1, 5, 10 and 50.
+    sampling_strategy : None, str, float, dict, list or callable, default=None
+        As in imbalanced-learn's over-sampling: "auto" or "not majority", "minority", "not
+        minority", "all": bring these classes to the size of the largest; float in (0, 1], binary
+        targets: size of the minority as a share of the majority; dict: wanted size by class; list:
+        classes to bring to the size of the largest; callable: ``y -> dict``. None goes by `ratio`,
+        and is the only choice for multi-label targets.
+    alpha : float or sequence of float, default=(0.5, 0.6, 0.7, 0.8, 0.9)
+        Interpolation: share of the first end, in [0, 1]; one of several is drawn per pair. The
+        nearer end gives the label. The paper leaves its choice open.
+    interpolation : {"lerp", "slerp"}, default="lerp"
+        Straight path between embeddings, the paper's, or spherical.
+    strength : float in (0, 1], default=1.0
+        1 generates from noise alone; lower values start from the (nearer) source with that share of
+        noise, and stay closer to it. Needed below 1 for an unconditional model.
+    replace_real : bool, default=False
+        Give generated samples only, the all-synthetic set. `sampling_strategy` then names the
+        numbers of generated samples.
+    min_confidence : float in [0, 1] or None, default=0.5
+        Least share of real neighbours that must have the wanted label, under the embedding of the
+        model's own encoder (without one in its compact space). The sources themselves have no vote.
+        Multi-label: mean Jaccard index of the label sets. None lets all pass.
+    n_neighbors : int, default=10
+        Neighbours that vote; in a class of fewer samples, as many as it has besides the source.
+    min_copy_ratio : float in [0, 1] or None, default=0.1
+        A generated sample is a copy if its distance to the nearest real one is below this share of
+        the distance to the next (compact space of vectors, 50 principal components of pixels).
+        Copies are dropped. None lets all pass.
+    max_attempts : int, default=5
+        Generated candidates per wanted sample, at most. Where they do not suffice, fewer samples
+        are given, with a warning.
+    image_shape : tuple of (int, int, int) or None, default=None
+        Height, width and channels of images given as rows of numbers; for ``diffusion="auto"``.
+    max_epochs : int or "auto", default="auto"
+        Passes over the data of the diffusion model; for ``diffusion="auto"``.
+    batch_size : int or "auto", default="auto"
+        Of ``diffusion="auto"``.
+    learning_rate : float or "auto", default="auto"
+        Of ``diffusion="auto"``.
+    device, precision, compile, random_state, verbose, checkpoint_dir, callbacks
+        Common parameters, handed to the diffusion model unless it is frozen; see
+        :class:`~diffaugkit.base.TorchEstimator`.
+
+    Attributes
+    ----------
+    diffusion_ : estimator
+        The fitted generator.
+    sampling_strategy_ : dict
+        Generated samples wanted, by class; multi-label: under the key "all".
+    sample_indices_ : ndarray of int of shape (n_resampled,)
+        For each row of the result the row of `X` that it is, or whose label it has.
+    provenance_ : DataFrame of shape (n_generated, 7)
+        For each generated row, in their order: ``source``, ``partner`` (-1: none), ``alpha``,
+        the share of the source, ``seed`` and ``row`` of its noise, ``confidence`` and
+        ``copy_ratio`` as above.
+    selection_ : DataFrame
+        For each class: samples wanted, candidates generated, dropped for another label
+        (``low_confidence``), dropped as copies (``copies``), and accepted.
+    quality_report_ : QualityReport or None
+        Generated against real samples, up to 2 000 of each, see
+        :func:`~diffaugkit.metrics.quality_report`; None for too few samples.
+    history_ : DataFrame
+        Training of the diffusion model.
+    n_iter_ : int
+    n_features_in_ : int
+    feature_names_in_ : ndarray, only if the names are strings
+
+    See Also
+    --------
+    EmbeddingConditionedDiffusion : ``augment`` and ``interpolate`` without labels and checks.
+
+    Notes
+    -----
+    The generator learns without labels, but from all rows of ``fit``: inside imbalanced-learn's
+    pipeline these are the rows of the training fold. A frozen one keeps what it saw: pre-train it
+    without the test samples unless the setting is transductive.
+
+    Containers come back as they were given: arrays, tensors, lists of numbers, DataFrames with
+    their columns, sparse matrices (generated rows have no zeros, and cost accordingly), AnnData
+    with generated rows that repeat the ``obs`` of their source and are marked in
+    ``obs["generated"]``. Lists of pictures or paths, and folders, become arrays.
+
+    Inside a pipeline `groups` reach ``fit_resample`` through metadata routing only: enable it,
+    import imblearn before diffaugkit, and call ``set_fit_resample_request(groups=True)``.
+
+    References
+    ----------
+    "DiNO-Diffusion: Scaling Medical Diffusion Models via Self-Supervised Pre-Training", sections
+    2.3, 2.4 and Table 1.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from diffaugkit import EmbeddingConditionedDiffusion, SelfSupervisedEncoder
+    >>> from diffaugkit.augmenter import GenerativeAugmenter
+    >>> X, y = load_iris(return_X_y=True)
+    >>> encoder = SelfSupervisedEncoder(max_epochs=2)
+    >>> diffusion = EmbeddingConditionedDiffusion(encoder, max_epochs=2, width=32)
+    >>> augmenter = GenerativeAugmenter(diffusion, min_confidence=None, random_state=0)
+    >>> X_more, y_more = augmenter.fit_resample(X, y)
+    >>> X_more.shape, y_more.shape, len(augmenter.provenance_)
+    ((300, 4), (300,), 150)
+    """
+
+    _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
+        **TorchEstimator._parameter_constraints,
+        "diffusion": [HasMethods(["fit", "sample"]), StrOptions({"auto"})],
+        "strategy": [StrOptions({"reconstruction", "interpolation"})],
+        "ratio": [Interval(Real, 0, None, closed="neither")],
+        "sampling_strategy": [
+            StrOptions(_STRATEGIES),
+            Interval(Real, 0, 1, closed="right"),
+            dict,
+            list,
+            tuple,
+            callable,
+            None,
+        ],
+        "alpha": [Interval(Real, 0, 1, closed="both"), tuple, list],
+        "interpolation": [StrOptions({"lerp", "slerp"})],
+        "strength": [Interval(Real, 0, 1, closed="right")],
+        "replace_real": ["boolean"],
+        "min_confidence": [Interval(Real, 0, 1, closed="both"), None],
+        "n_neighbors": [Interval(Integral, 1, None, closed="left")],
+        "min_copy_ratio": [Interval(Real, 0, 1, closed="both"), None],
+        "max_attempts": [Interval(Integral, 1, None, closed="left")],
+        "image_shape": [tuple, list, None],
+        **{
+            name: [*TorchEstimator._parameter_constraints[name], StrOptions({"auto"})]
+            for name in ("max_epochs", "batch_size", "learning_rate")
+        },
+    }
+    _extra_state = ("_sampling_seed", "_report")
+
+    def __init__(
+        self,
+        diffusion="auto",
+        strategy="reconstruction",
+        *,
+        ratio=1.0,
+        sampling_strategy=None,
+        alpha=(0.5, 0.6, 0.7, 0.8, 0.9),
+        interpolation="lerp",
+        strength=1.0,
+        replace_real=False,
+        min_confidence=0.5,
+        n_neighbors=10,
+        min_copy_ratio=0.1,
+        max_attempts=5,
+        image_shape=None,
+        max_epochs="auto",
+        batch_size="auto",
+        learning_rate="auto",
+        device="auto",
+        precision="auto",
+        compile=False,
+        random_state=None,
+        verbose=0,
+        checkpoint_dir=None,
+        callbacks=None,
+    ):
+        self.diffusion = diffusion
+        self.strategy = strategy
+        self.ratio = ratio
+        self.sampling_strategy = sampling_strategy
+        self.alpha = alpha
+        self.interpolation = interpolation
+        self.strength = strength
+        self.replace_real = replace_real
+        self.min_confidence = min_confidence
+        self.n_neighbors = n_neighbors
+        self.min_copy_ratio = min_copy_ratio
+        self.max_attempts = max_attempts
+        self.image_shape = image_shape
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.device = device
+        self.precision = precision
+        self.compile = compile
+        self.random_state = random_state
+        self.verbose = verbose
+        self.checkpoint_dir = checkpoint_dir
+        self.callbacks = callbacks
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    @all_or_nothing
+    def fit(self, X, y=None, *, groups=None):
+        """Fit the generator alone, on samples that need no labels.
+
+        Parameters
+        ----------
+        X : array-like, sparse matrix, DataFrame, AnnData or images of shape (n_samples, ...)
+            As for :class:`~diffaugkit.EmbeddingConditionedDiffusion`; cells normalised.
+        y : array-like or None, default=None
+            Handed to the diffusion model, and by it to its encoder; ours ignore it.
+        groups : None
+            Ignored; :meth:`resample` uses it.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            For input that cannot be used.
+        """
+        self._fit(X, y)
+        return self
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    @all_or_nothing
+    def fit_resample(self, X, y, *, groups=None):
+        """Fit the generator, and return the samples with generated ones after them.
+
+        Parameters
+        ----------
+        X : array-like, sparse matrix, DataFrame, AnnData or images of shape (n_samples, ...)
+            As for :meth:`fit`.
+        y : array-like of shape (n_samples,) or (n_samples, n_labels)
+            Classes, or indicators of labels. Indicators with one label in each row are classes.
+        groups : array-like of shape (n_samples,) or None, default=None
+            Patient, slide or batch of each sample: pairs of an interpolation stay within one.
+
+        Returns
+        -------
+        X_resampled : the kind of `X`
+            Real rows as they were given, then the generated ones, class by class.
+        y_resampled : the kind of `y`
+
+        Raises
+        ------
+        ValueError
+            For input that cannot be used, targets that are no classes, or a `sampling_strategy`
+            that does not fit them.
+
+        Warns
+        -----
+        ConvergenceWarning
+            If fewer samples passed the checks than were wanted.
+        UserWarning
+            If most of what is added nearly copies real samples.
+        """
+        # What can be refused is refused before minutes of training.
+        self._wanted(read_targets(y))
+        self._fit(X, y)
+        # Two decorators stand between this method and its caller, whose line a warning names.
+        return self._resample(X, y, groups, depth=6)
+
+    def resample(self, X, y, *, groups=None):
+        """Augment a labelled set with the generator as it was fitted, on this set or another.
+
+        Parameters
+        ----------
+        X : as for :meth:`fit`
+        y : as for :meth:`fit_resample`
+        groups : as for :meth:`fit_resample`, default=None
+
+        Returns
+        -------
+        X_resampled, y_resampled
+            As of :meth:`fit_resample`, whose attributes are set anew. Calls repeat.
+        """
+        check_is_fitted(self, "diffusion_")
+        self._validate_params()
+        return self._resample(X, y, groups, depth=4)
+
+    @property
+    def quality_report_(self):
+        """Generated against real samples; None for too few."""
+        check_is_fitted(self, "provenance_")
+        return None if self._report is None else QualityReport(**self._report)
+
+    # ---- the generator ---------------------------------------------------------------------------
+
+    def _fit(self, X, y):
+        seed = self._seed()
+        if isinstance(self.diffusion, FrozenEstimator):
+            self.diffusion_ = self.diffusion
+            generator = self._generator()
+            generator._check_rows(X)
+            self.n_features_in_ = generator.n_features_in_
+            vars(self).pop("feature_names_in_", None)
+            if hasattr(generator, "feature_names_in_"):
+                self.feature_names_in_ = generator.feature_names_in_
+        else:
+            diffusion = self._make_diffusion(seed)
+            rows = check_X(
+                self,
+                X,
+                reset=True,
+                images=True,
+                image_shape=diffusion.image_shape,
+                layer=diffusion.layer,
+                allow_counts=False,
+                ensure_min_samples=2,
+                ensure_min_features=2,
+            )
+            diffusion.fit(rows, y)
+            diffusion.set_params(checkpoint_dir=None)
+            self.diffusion_ = diffusion
+        generator = self._generator()
+        self.history_, self.n_iter_ = generator.history_, generator.n_iter_
+        self._sampling_seed = self._child_seed(seed, 1)
+
+    def _make_diffusion(self, seed):
+        names = ("max_epochs", "batch_size", "learning_rate", "image_shape")
+        if isinstance(self.diffusion, str):
+            given = {name: getattr(self, name) for name in names}
+            diffusion = EmbeddingConditionedDiffusion(**given)
+        else:
+            diffusion = clone(self.diffusion)
+        _check_generator(diffusion)
+        names = ("device", "precision", "compile", "verbose", "callbacks")
+        folder = self.checkpoint_dir
+        return diffusion.set_params(
+            random_state=self._child_seed(seed, 0),
+            checkpoint_dir=None if folder is None else str(Path(os.fspath(folder)) / "diffusion"),
+            **{name: getattr(self, name) for name in names},
+        )
+
+    def _generator(self):
+        return _check_generator(getattr(self.diffusion_, "estimator", self.diffusion_))
+
+    # ---- resampling ------------------------------------------------------------------------------
+
+    def _wanted(self, targets):
+        """Numbers of generated samples by class."""
+        if self.sampling_strategy is None:
+            sizes = targets.sizes()
+            return {name: round(self.ratio * size) for name, size in sizes.items()}
+        if targets.codes is None:
+            raise ValueError(
+                "Multilabel and multioutput targets have no classes to balance: take "
+                "sampling_strategy=None, and ratio for the number of samples."
+            )
+        wanted = count_wanted(self.sampling_strategy, targets)
+        if self.replace_real:
+            wanted = {name: targets.sizes()[name] + number for name, number in wanted.items()}
+        return wanted
+
+    def _resample(self, X, y, groups, depth):
+        import pandas as pd
+
+        generator = self._generator()
+        rows = generator._check_rows(X)
+        targets = read_targets(y)
+        check_consistent_length(range(len(rows)), targets.labels)
+        if groups is not None:
+            groups = column_or_1d(groups)
+            check_consistent_length(range(len(rows)), groups)
+        wanted = self._wanted(targets)
+        views = _Views(generator, rows)
+        self._check_condition(generator)
+
+        plans = self._plan(targets, groups, wanted)
+        found, counts = self._generate(views, targets, plans, wanted)
+        made, table = found["made"], pd.DataFrame({name: found[name] for name in _PROVENANCE})
+        self._warn(wanted, counts, table, depth)
+
+        n = 0 if self.replace_real else len(rows)
+        indices = np.append(np.arange(n), found["source"]).astype(np.int64)
+        X_out = append_like(X, made, rows, indices, generator)
+        self._report = self._make_report(views, found, targets)
+        self.sampling_strategy_, self.sample_indices_ = wanted, indices
+        self.provenance_ = table
+        self.selection_ = pd.DataFrame(
+            [{"class": name, "wanted": wanted[name], **counts[name]} for name in wanted]
+        )
+        return X_out, take_like(y, indices)
+
+    def _check_condition(self, generator):
+        if generator._condition is not None:
+            return
+        if self.strategy == "interpolation":
+            raise ValueError("strategy='interpolation' needs a model with an encoder.")
+        if self.strength == 1:
+            raise ValueError(
+                "The diffusion model is unconditional: from noise alone it knows no label. Take "
+                "strength below 1, which starts from a labelled sample, or a model with an encoder."
+            )
+
+    def _plan(self, targets, groups, wanted):
+        """Draw the candidates of each class: source, partner (-1: none) and share of the source."""
+        alphas = np.atleast_1d(np.asarray(self.alpha, dtype=np.float64))
+        if not (alphas.size and alphas.min() >= 0 and alphas.max() <= 1):
+            raise ValueError(f"alpha={self.alpha!r} must be in [0, 1], or several such values.")
+        plans = {}
+        for number, (name, members) in enumerate(targets.members().items()):
+            rng = np.random.default_rng(mix_seed(self._sampling_seed, 1, number))
+            n = wanted.get(name, 0) * self.max_attempts
+            source = members[cycle(len(members), n, rng)]
+            partner, alpha = np.full(n, -1), np.ones(n)
+            pairs = None
+            if self.strategy == "interpolation" and n:
+                pairs = SharedLabelPairs(
+                    targets.labels[members], None if groups is None else groups[members]
+                )
+            if pairs is not None and len(pairs):
+                ends = members[pairs.draw(n, rng)]  # (n, 2)
+                alpha = rng.choice(alphas, size=n)
+                # The nearer end comes first: it is the source, and gives the label.
+                swap = alpha < 0.5
+                source = np.where(swap, ends[:, 1], ends[:, 0])
+                partner = np.where(swap, ends[:, 0], ends[:, 1])
+                alpha = np.where(swap, 1 - alpha, alpha)
+            plans[name] = source, partner, alpha
+        return plans
+
+    def _generate(self, views, targets, plans, wanted):
+        """Generate, check and replace, until each class has what it wants or its attempts end."""
+        counts = {
+            name: {"candidates": 0, "low_confidence": 0, "copies": 0, "accepted": 0}
+            for name in wanted
+        }
+        judge = _Judge(views, targets, self.n_neighbors)
+        parts = []
+        for attempt in range(self.max_attempts):
+            names, plan = [], []
+            for name, count in counts.items():
+                start, missing = count["candidates"], wanted[name] - count["accepted"]
+                plan.append([part[start : start + missing] for part in plans[name]])
+                names += [name] * missing
+            if not names:
+                break
+            source, partner, alpha = (np.concatenate(part) for part in zip(*plan, strict=True))
+            seed = mix_seed(self._sampling_seed, 2, attempt) % 2**32
+            made, spots, features = views.generate(
+                source, partner, alpha, seed, self.interpolation, self.strength
+            )
+            confidence = judge.confidence(features, source, partner)
+            ratio = judge.copy_ratio(spots)
+            doubtful = confidence < (self.min_confidence or 0)
+            copied = ~doubtful & (ratio < (self.min_copy_ratio or 0))
+            keep = ~(doubtful | copied)
+            names = np.array([list(wanted).index(name) for name in names])
+            for number, name in enumerate(wanted):
+                own = names == number
+                counts[name]["candidates"] += int(own.sum())
+                counts[name]["low_confidence"] += int((own & doubtful).sum())
+                counts[name]["copies"] += int((own & copied).sum())
+                counts[name]["accepted"] += int((own & keep).sum())
+            found = (made, spots, features, names, source, partner, alpha)
+            found += (np.full(len(keep), seed), np.arange(len(keep)), confidence, ratio)
+            parts.append([part[keep] for part in found])
+        if not parts:
+            whole, share = np.empty(0, dtype=np.int64), np.empty(0)
+            parts.append([*views.nothing(), *[whole] * 3, share, *[whole] * 2, *[share] * 2])
+        joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
+        order = np.argsort(joined[3], kind="stable")  # class by class
+        found = dict(zip(("made", "spots", "features", "class"), joined, strict=False))
+        found |= dict(zip(_PROVENANCE, joined[4:], strict=True))
+        return {name: values[order] for name, values in found.items()}, counts
+
+    def _warn(self, wanted, counts, table, depth):
+        short = {name: c for name, c in counts.items() if c["accepted"] < wanted[name]}
+        if short:
+            some = "; ".join(
+                f"{name!r}: {c['accepted']} of {wanted[name]} ({c['low_confidence']} candidates "
+                f"with another label, {c['copies']} copies)"
+                for name, c in list(short.items())[:5]
+            )
+            warnings.warn(
+                f"{len(short)} of {len(wanted)} classes got fewer samples than wanted: {some}. "
+                "More attempts (max_attempts), a longer training of the diffusion model or a lower "
+                "min_confidence give more.",
+                ConvergenceWarning,
+                stacklevel=depth,
+            )
+        ratio = table["copy_ratio"].median() if len(table) else 1.0
+        if ratio < NEAR_COPY:
+            warnings.warn(
+                f"Half of the generated samples have a copy ratio below {ratio:.2f} (near-copies: "
+                f"below {NEAR_COPY}): they repeat real samples and add little. Train the diffusion "
+                "model for fewer epochs or on more data, give it condition_noise or an encoder of "
+                "fewer dimensions, or raise min_copy_ratio.",
+                UserWarning,
+                stacklevel=depth,
+            )
+
+    def _make_report(self, views, found, targets):
+        """Plain values of the report, on a sample of the rows where there are many."""
+        rng = np.random.default_rng(mix_seed(self._sampling_seed, 3))
+        real = np.sort(rng.permutation(len(views.spots))[:_REPORT_ROWS])
+        place = np.full(len(views.spots), -1)
+        place[real] = np.arange(len(real))
+        picked = np.flatnonzero(place[found["source"]] >= 0)
+        picked = np.sort(rng.permutation(picked)[:_REPORT_ROWS])
+        spots, features = views.spots[real], views.features[real]
+        if len(picked) < 6 or len(np.unique(spots, axis=0)) < 6:
+            return None
+        labels = None if targets.codes is None else targets.codes[real]
+        if labels is not None and np.bincount(labels).max() < 2:
+            labels = None
+        generated = found["spots"][picked]
+
+        def embed(samples):
+            own = samples.shape == spots.shape and np.array_equal(samples, spots)
+            return features if own else found["features"][picked]
+
+        report = quality_report(
+            generated,
+            place[found["source"][picked]],
+            spots,
+            embed=embed,
+            labels=labels,
+            n_neighbors=min(self.n_neighbors, len(real) // 2),
+        )
+        return report.to_frame().astype(object).iloc[0].to_dict()
+
+    def __sklearn_tags__(self):  # noqa: D105
+        return sampler_tags(super().__sklearn_tags__())
+
+
+# ---- real and generated samples as the checks see them -------------------------------------------
+
+
+def _check_generator(diffusion):
+    if not isinstance(diffusion, EmbeddingConditionedDiffusion):
+        raise TypeError(
+            f"diffusion={type(diffusion).__name__} cannot generate for labels: give an "
+            "EmbeddingConditionedDiffusion, or FrozenEstimator(...) of a fitted one."
+        )
+    return diffusion
+
+
+class _Views:
+    """Samples in the two spaces of the checks: `spots`, the data's own, and `features`, of labels.
+
+    Spots are the compact space of vectors, or 50 principal components of pixels: two images may
+    have the embedding in common and still be no copies. Features are the embedding of the model's
+    own encoder, or spots where there is none.
+    """
+
+    def __init__(self, generator, rows):
+        self.generator, self.rows = generator, rows
+        self.embeddings = None
+        if generator._condition is not None:
+            self.embeddings = np.asarray(generator._embed(rows), dtype=np.float32)
+        if rows.is_image:
+            some = np.linspace(0, len(rows) - 1, min(len(rows), _PIXEL_ROWS)).astype(int)
+            pixels = to_unit(rows[some], rows.pixel_range).flatten(1).numpy()
+            self.pcs = PCA(min(50, *pixels.shape), random_state=0).fit(pixels)
+            self.spots = self._pixel_scores(rows)
+        else:
+            self.spots = self._scores(generator._latents(rows))
+        flat = self.embeddings
+        self.features = self.spots if flat is None else flat.reshape(len(flat), -1)
+
+    def generate(self, source, partner, alpha, seed, kind, strength):
+        """Generate under these conditions: samples in the form of output, spots and features."""
+        generator, cond = self.generator, None
+        if self.embeddings is not None:
+            cond = self.embeddings[source]
+            between = np.flatnonzero(partner >= 0)
+            if len(between):
+                ends = self.features[source[between]], self.features[partner[between]]
+                mixed = interpolate_rows(*ends, alpha[between], kind)
+                cond[between] = mixed.reshape(-1, *cond.shape[1:])
+        start = None if strength == 1 else _take_rows(self.rows, source)
+        latents = generator._sample_latents(cond, len(source), seed, start, strength)
+        space = generator._space_of()
+        made = space.output(space.decode(latents))
+        if self.rows.is_image:
+            again = generator._image_rows(made)
+            spots = self._pixel_scores(again)
+        else:
+            again, spots = DenseRows(made), self._scores(latents)
+        if cond is None:
+            return made, spots, spots
+        return made, spots, np.asarray(generator._embed(again)).reshape(len(made), -1)
+
+    def nothing(self):
+        """Give samples, spots and features of no candidate."""
+        space = self.generator._space_of()
+        made = space.output(space.decode(torch.zeros(1, *space.shape)))
+        return made[:0], self.spots[:0], self.features[:0]
+
+    def _pixel_scores(self, rows):
+        parts = (to_unit(rows[part], rows.pixel_range).flatten(1) for part in rows.slices(1024))
+        return np.concatenate([self.pcs.transform(part.numpy()) for part in parts])
+
+    def _scores(self, latents):
+        if hasattr(latents, "blocks"):
+            latents = np.concatenate([block for _, block in latents.blocks()])
+        return np.asarray(latents, dtype=np.float64) * self.generator._space["std"]
+
+
+class _Judge:
+    """Label confidence and copy ratio of candidates, by the real samples."""
+
+    def __init__(self, views, targets, n_neighbors):
+        self.labels = targets.labels
+        self.voters = views.features
+        n = len(self.voters)
+        sets = self.labels.astype(np.float32)
+        # Samples that share a label: a class of three has two voters for the third.
+        kinds, kind, sizes = np.unique(sets, axis=0, return_inverse=True, return_counts=True)
+        together = (kinds @ kinds.T > 0) | ~(kinds.any(axis=1)[:, None] | kinds.any(axis=1))
+        self.company = (together @ sizes)[kind.reshape(-1)]
+        self.n_neighbors = min(n_neighbors, n)
+        self.search = NearestNeighbors(n_neighbors=min(n_neighbors + 2, n)).fit(self.voters)
+        # Equal samples count once: a copy of one that is there twice is a copy.
+        self.different = np.unique(views.spots, axis=0)
+        self.nearest = NearestNeighbors(n_neighbors=min(2, len(self.different)))
+        self.nearest.fit(self.different)
+
+    def confidence(self, features, source, partner):
+        """Share of neighbours with the wanted label, or the mean agreement of label sets."""
+        neighbors = self.search.kneighbors(features, return_distance=False)  # (n, k + 2)
+        company = self.company[source] - 1 - (partner >= 0)
+        alone = company < 1
+        votes = alone[:, None] | (neighbors != source[:, None]) & (neighbors != partner[:, None])
+        most = np.clip(company, 1, self.n_neighbors)[:, None]
+        votes &= np.cumsum(votes, axis=1) <= most
+        agree = np.zeros(votes.shape)
+        for column, neighbor in enumerate(neighbors.T):
+            own, other = self.labels[source], self.labels[neighbor]
+            union = (own | other).sum(axis=1)
+            both = (own & other).sum(axis=1)
+            agree[:, column] = np.where(union, both / np.maximum(union, 1), 1.0)
+        return (agree * votes).sum(axis=1) / votes.sum(axis=1)
+
+    def copy_ratio(self, spots):
+        """Distance to the nearest real sample as a share of that to the next."""
+        if len(self.different) < 2:
+            return np.ones(len(spots))
+        near = self.nearest.kneighbors(spots, return_distance=False)
+        # Pair by pair: the search expands the square, and loses digits near zero.
+        first, second = (np.linalg.norm(spots - self.different[i], axis=1) for i in near.T)
+        first, second = np.minimum(first, second), np.maximum(first, second)
+        return np.divide(first, second, out=np.zeros(len(spots)), where=second > 0)
+
+
+def _take_rows(rows, index):
+    taken = rows[index]
+    return ImageRows.like(rows, taken) if rows.is_image else DenseRows(taken.numpy())

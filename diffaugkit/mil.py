@@ -1,0 +1,508 @@
+"""Labels of slides from embeddings of their patches, by attention over the patches.
+
+Attention-based multiple instance learning (Ilse, Tomczak and Welling 2018, "Attention-based Deep
+Multiple Instance Learning", Eqs. 7 to 9):
+
+=================  ================================================================================
+bag                a slide: its patches' embeddings h_k, in no order
+instance           a patch
+a_k                softmax_k( w^T ( tanh(V h_k) * sigmoid(U h_k) ) )   attention of a patch, gated
+z                  sum_k a_k h_k                                       embedding of the bag
+=================  ================================================================================
+"""
+
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+from sklearn.base import ClassifierMixin
+from sklearn.utils import compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+from torch import nn
+from torch.nn import functional as F
+
+from diffaugkit.base import Interval, StrOptions, TorchEstimator, _fit_context, all_or_nothing
+from diffaugkit.data import check_X
+from diffaugkit.diffusion import sample_in_batches
+from diffaugkit.encoder_fits import auto_epochs
+from diffaugkit.rows import Rows
+from diffaugkit.training import isolated_rng, make_batches
+
+__all__ = ["AttentionMILClassifier", "BagNetwork"]
+
+# Instances that go through the network together in predictions.
+_BATCH_INSTANCES = 256
+_POOLINGS = ("gated", "attention", "mean", "max")
+
+
+class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
+    """Classify bags of embeddings, such as slides, and tell which patches decided.
+
+    Parameters
+    ----------
+    pooling : {"gated", "attention", "mean", "max"}, default="gated"
+        How a bag becomes one vector: gated attention (Eq. 9 of the paper), plain attention (Eq. 8),
+        or the baselines without attention.
+    n_attention : int, default=128
+        Width of the attention, the paper's.
+    hidden_sizes : tuple of int, default=(128,)
+        Layers (ReLU) that each instance goes through first; () takes embeddings as they are.
+    dropout : float, default=0.0
+        Dropout after those layers.
+    max_instances : int or None, default=None
+        Instances of a bag that a training step draws at random, against large bags; None takes all.
+        Predictions always see all.
+    class_weight : dict, "balanced" or None, default=None
+        Weights of the classes in the loss, as everywhere in scikit-learn.
+    layer : str or None, default=None
+        Layer of an AnnData to read instead of ``.X``.
+    max_epochs : int or "auto", default="auto"
+        As many as make 1 000 batches, from 10 to 200.
+    batch_size : int, default=16
+        Bags of a batch: shorter ones are padded, and masked.
+    learning_rate : float, default=1e-3
+        Peak rate of AdamW with warm-up and cosine.
+    weight_decay : float, default=1e-2
+        Decoupled decay: bags are few.
+    device, precision, compile, random_state, verbose, checkpoint_dir, callbacks
+        Common parameters; see :class:`~diffaugkit.base.TorchEstimator`.
+
+    Attributes
+    ----------
+    module_ : BagNetwork
+    classes_ : ndarray of shape (n_classes,)
+    mean_, scale_ : ndarray of shape (n_features,), float32
+        Of the training instances; inputs are standardised.
+    history_ : DataFrame
+        One row per epoch: epoch, loss, learning_rate.
+    n_iter_ : int
+    n_features_in_ : int
+
+    See Also
+    --------
+    SelfSupervisedEncoder : Makes the embeddings of patches.
+
+    Notes
+    -----
+    Bags come in two forms. A list of arrays (n_i, d), with one label per array. Or a table (n, d)
+    with `groups`, which name the bag of each row, as a patch table does: labels are then one per
+    row, the same for all rows of a group, or one per group in the order of ``np.unique(groups)``,
+    the order of all results. A table without `groups` holds bags of one instance each.
+
+    Measured on 100 made bags of 50 to 100 instances in 10 dimensions, of which two, three standard
+    deviations away in two of them, decide (3 seeds, 40 epochs, rate 2e-3): accuracy on other bags
+    0.95 with gated attention, 0.70 with the mean; the two instances among those of their bag, area
+    under the ROC of the attention, 0.96.
+
+    References
+    ----------
+    Ilse, Tomczak and Welling 2018, "Attention-based Deep Multiple Instance Learning", ICML.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from diffaugkit.mil import AttentionMILClassifier
+    >>> rng = np.random.default_rng(0)
+    >>> bags = [rng.normal(size=(n, 4)) for n in rng.integers(3, 9, 40)]
+    >>> y = np.arange(40) % 2
+    >>> for bag, label in zip(bags, y):
+    ...     bag[0, 0] += 6 * label  # one instance makes the difference
+    >>> mil = AttentionMILClassifier(max_epochs=60, random_state=0).fit(bags, y)
+    >>> mil.score(bags, y), mil.attention(bags[1:2])[0].argmax()
+    (1.0, np.int64(0))
+    """
+
+    _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
+        **TorchEstimator._parameter_constraints,
+        "pooling": [StrOptions(set(_POOLINGS))],
+        "n_attention": [Interval(Integral, 1, None, closed="left")],
+        "hidden_sizes": [tuple, list],
+        "dropout": [Interval(Real, 0, 1, closed="left")],
+        "max_instances": [Interval(Integral, 1, None, closed="left"), None],
+        "class_weight": [dict, StrOptions({"balanced"}), None],
+        "layer": [str, None],
+        "max_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+    }
+
+    def __init__(
+        self,
+        pooling="gated",
+        *,
+        n_attention=128,
+        hidden_sizes=(128,),
+        dropout=0.0,
+        max_instances=None,
+        class_weight=None,
+        layer=None,
+        max_epochs="auto",
+        batch_size=16,
+        learning_rate=1e-3,
+        weight_decay=1e-2,
+        device="auto",
+        precision="auto",
+        compile=False,
+        random_state=None,
+        verbose=0,
+        checkpoint_dir=None,
+        callbacks=None,
+    ):
+        self.pooling = pooling
+        self.n_attention = n_attention
+        self.hidden_sizes = hidden_sizes
+        self.dropout = dropout
+        self.max_instances = max_instances
+        self.class_weight = class_weight
+        self.layer = layer
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.device = device
+        self.precision = precision
+        self.compile = compile
+        self.random_state = random_state
+        self.verbose = verbose
+        self.checkpoint_dir = checkpoint_dir
+        self.callbacks = callbacks
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    @all_or_nothing
+    def fit(self, X, y, *, groups=None):
+        """Learn from bags with labels.
+
+        Parameters
+        ----------
+        X : list of array-like of shape (n_i, n_features), or table of shape (n, n_features)
+            Bags, or rows of bags with `groups`.
+        y : array-like of shape (n_bags,), or (n,) with `groups`
+            Labels of the bags.
+        groups : array-like of shape (n,) or None, default=None
+            Bag of each row of a table.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            For empty bags, bags of different width, labels that differ within a group, or a single
+            class.
+        """
+        import pandas as pd
+
+        if y is None:
+            raise ValueError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None."
+            )
+        rows, bags, index = self._bags(X, groups, reset=True)
+        labels = _labels_of_bags(y, len(rows), bags, groups)
+        check_classification_targets(labels)
+        self.classes_, codes = np.unique(labels, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"y has one class, {self.classes_[0]!r}: two are needed.")
+        weight = compute_class_weight(self.class_weight, classes=self.classes_, y=labels)
+        instances = torch.as_tensor(np.asarray(rows, np.float32))
+        spread = instances.double().std(dim=0, correction=0)
+        self.mean_ = instances.double().mean(dim=0).float().numpy()
+        self.scale_ = torch.where(spread > 0, spread, 1.0).float().numpy()
+
+        seed, device = self._seed(), self._device()
+        with isolated_rng(self._child_seed(seed, 0)):
+            module = self._build()
+        state = _Fit(self, module, self._standardised(instances), bags, index, weight, device)
+        batches = make_batches(
+            torch.arange(len(bags)),
+            torch.from_numpy(codes),
+            batch_size=self.batch_size,
+            seed=self._child_seed(seed, 1),
+            device=device,
+        )
+        epochs = auto_epochs(self.max_epochs, batches.steps_per_epoch, paper=200)
+        self.module_, history = self._fit_loop(
+            module,
+            state.loss,
+            batches,
+            seed=seed,
+            max_epochs=epochs,
+            weight_decay=self.weight_decay,
+            warmup=0.05,
+            grad_clip=5.0,
+        )
+        self.history_, self.n_iter_ = pd.DataFrame(history), len(history)
+        return self
+
+    def predict(self, X, *, groups=None):
+        """Label bags.
+
+        Parameters
+        ----------
+        X, groups
+            As for ``fit``.
+
+        Returns
+        -------
+        ndarray of shape (n_bags,)
+            With `groups` in the order of ``np.unique(groups)``.
+        """
+        check_is_fitted(self, "module_")
+        return self.classes_[self.predict_proba(X, groups=groups).argmax(axis=1)]
+
+    def predict_proba(self, X, *, groups=None):
+        """Give the probabilities of the classes for bags.
+
+        Parameters
+        ----------
+        X, groups
+            As for ``fit``.
+
+        Returns
+        -------
+        ndarray of shape (n_bags, n_classes), float32
+            A bag's probabilities do not depend on the bags beside it.
+        """
+        return np.stack([scores for scores, _ in self._each(X, groups)])
+
+    def attention(self, X, *, groups=None):
+        """Give the share of each instance in the vector of its bag.
+
+        Parameters
+        ----------
+        X, groups
+            As for ``fit``.
+
+        Returns
+        -------
+        list of ndarray of shape (n_i,), or ndarray of shape (n,), float32
+            Sums to 1 over each bag. For a table an array in the order of its rows. For ``"mean"``
+            equal shares.
+
+        Raises
+        ------
+        ValueError
+            For ``pooling="max"``, which has no shares.
+        """
+        if self.pooling == "max":
+            raise ValueError(
+                "pooling='max' has no shares of instances: take 'gated' or 'attention'."
+            )
+        found = [shares for _, shares in self._each(X, groups)]
+        if _is_list_of_bags(X):
+            return found
+        out = np.empty(sum(map(len, found)), np.float32)
+        out[self._bags(X, groups, reset=False)[2]] = np.concatenate(found)
+        return out
+
+    def score(self, X, y, *, groups=None):
+        """Accuracy over bags.
+
+        Parameters
+        ----------
+        X, y, groups
+            As for ``fit``.
+
+        Returns
+        -------
+        float
+        """
+        found = self.predict(X, groups=groups)
+        rows = _n_rows(X)
+        bags = range(len(found)) if groups is None else [None] * len(found)
+        return float(np.mean(found == _labels_of_bags(y, rows, bags, groups)))
+
+    # ---- pieces ----------------------------------------------------------------------------------
+
+    def _bags(self, X, groups, *, reset):
+        """Rows of all instances, an (start, stop) of each bag in an order, and that order."""
+        if _is_list_of_bags(X):
+            if groups is not None:
+                raise ValueError("groups name the bag of each row of a table, but X is a list.")
+            parts = [np.asarray(bag) for bag in X]
+            for number, part in enumerate(parts):
+                if part.ndim != 2 or not len(part) or part.shape[1] != parts[0].shape[1]:
+                    raise ValueError(
+                        f"The bag in row {number} of X has shape {part.shape}, expected (n, "
+                        f"{parts[0].shape[-1]}) with n of at least 1."
+                    )
+            rows = check_X(self, np.concatenate(parts), reset=reset)
+            stops = np.cumsum([len(part) for part in parts])
+            return rows, _spans(stops), np.arange(len(rows))
+        rows = check_X(self, X, reset=reset, layer=self.layer)
+        if groups is None:
+            return rows, _spans(np.arange(1, len(rows) + 1)), np.arange(len(rows))
+        groups = column_or_1d(groups)
+        check_consistent_length(rows, groups)
+        _, bag, counts = np.unique(groups, return_inverse=True, return_counts=True)
+        return rows, _spans(np.cumsum(counts)), np.argsort(bag, kind="stable")
+
+    def _each(self, X, groups):
+        """Probabilities and shares of each bag, which no other bag of its batch changes."""
+        check_is_fitted(self, "module_")
+        rows, bags, index = self._bags(X, groups, reset=False)
+        device = self._device()
+        module = self.module_.to(device).eval()
+        lengths = bags[:, 1] - bags[:, 0]
+        out = [None] * len(bags)
+        for length in np.unique(lengths):
+            numbers = np.flatnonzero(lengths == length)
+            inside = np.arange(length)
+
+            def run(part, numbers=numbers, inside=inside):
+                at = index[bags[numbers[part], 0][:, None] + inside]
+                batch = self._standardised(rows[at.ravel()]).unflatten(0, at.shape).to(device)
+                with torch.no_grad():
+                    scores, shares = module(batch, torch.ones(at.shape, device=device).bool())
+                return torch.cat([scores.softmax(dim=1), shares], dim=1).cpu()
+
+            # Bags of one length in batches of one size: the bits of a bag are its own.
+            found = sample_in_batches(run, len(numbers), max(1, _BATCH_INSTANCES // length))
+            for number, values in zip(numbers, found.numpy(), strict=True):
+                out[number] = np.split(values, [len(self.classes_)])
+        return out
+
+    def _standardised(self, instances):
+        return (instances - torch.from_numpy(self.mean_)) / torch.from_numpy(self.scale_)
+
+    def _build(self):
+        return BagNetwork(
+            self.n_features_in_,
+            len(self.classes_),
+            pooling=self.pooling,
+            n_attention=self.n_attention,
+            hidden_sizes=tuple(self.hidden_sizes),
+            dropout=self.dropout,
+        )
+
+
+class BagNetwork(nn.Module):
+    """Layers for each instance, pooling of a bag, and one linear layer for its classes.
+
+    Parameters
+    ----------
+    n_features, n_classes : int
+        Widths of an instance and of the scores.
+    pooling : {"gated", "attention", "mean", "max"}, default="gated"
+    n_attention : int, default=128
+    hidden_sizes : tuple of int, default=(128,)
+    dropout : float, default=0.0
+        As for :class:`AttentionMILClassifier`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> network = BagNetwork(5, n_classes=3)
+    >>> inside = torch.tensor([[True, True, True, False], [True, True, True, True]])
+    >>> scores, shares = network(torch.randn(2, 4, 5), inside)
+    >>> scores.shape, shares[0, 3].item()
+    (torch.Size([2, 3]), 0.0)
+    """
+
+    def __init__(
+        self,
+        n_features,
+        n_classes,
+        pooling="gated",
+        n_attention=128,
+        hidden_sizes=(128,),
+        dropout=0.0,
+    ):
+        super().__init__()
+        if pooling not in _POOLINGS:
+            raise ValueError(f"pooling={pooling!r} must be one of {', '.join(_POOLINGS)}.")
+        self.pooling = pooling
+        layers, width = [], n_features
+        for size in hidden_sizes:
+            layers += [nn.Linear(width, size), nn.ReLU()]
+            width = size
+        self.instance = nn.Sequential(*layers, nn.Dropout(dropout))
+        if pooling in ("gated", "attention"):
+            self.tangent = nn.Linear(width, n_attention)
+            # The bias would shift all instances alike. All start with equal shares, as the mean:
+            # from a random start attention was seen to turn away from what decides, and stay there.
+            self.weight = nn.Linear(n_attention, 1, bias=False)
+            nn.init.zeros_(self.weight.weight)
+        if pooling == "gated":
+            self.gate = nn.Linear(width, n_attention)
+        self.output = nn.Linear(width, n_classes)
+
+    def forward(self, bags, inside):
+        """Scores (B, K) and shares (B, L) of padded bags (B, L, d), `inside` (B, L) bool."""
+        h = self.instance(bags)
+        if self.pooling == "max":
+            pooled = h.masked_fill(~inside[..., None], -torch.inf).amax(dim=1)
+            return self.output(pooled), torch.zeros(inside.shape, device=h.device)
+        score = torch.zeros(inside.shape, device=h.device)
+        if self.pooling != "mean":
+            hidden = self.tangent(h).tanh()
+            if self.pooling == "gated":
+                hidden = hidden * self.gate(h).sigmoid()
+            score = self.weight(hidden)[..., 0].float()
+        shares = score.masked_fill(~inside, -torch.inf).softmax(dim=1)
+        return self.output((shares[..., None] * h).sum(dim=1)), shares
+
+
+class _Fit:
+    """Padded batches and loss of one fit."""
+
+    def __init__(self, estimator, module, instances, bags, index, weight, device):
+        self.module, self.limit = module, estimator.max_instances
+        self.instances = instances.to(device)
+        self.index = torch.from_numpy(index).to(device)
+        self.bounds = torch.as_tensor(bags, device=device)
+        self.weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
+        # As long as the longest bag of all, not of the batch: nothing waits for the device.
+        self.length = int((self.bounds[:, 1] - self.bounds[:, 0]).max())
+
+    def loss(self, number, label):
+        start, stop = self.bounds[number].unbind(1)
+        count = (stop - start)[:, None]
+        place = torch.arange(self.length, device=number.device).expand(len(number), -1)
+        inside = place < count
+        if self.limit is not None and self.limit < self.length:
+            # The first ones of a random order of each bag, padding last.
+            order = torch.rand(inside.shape, device=number.device) + (~inside).float()
+            place = order.argsort(dim=1)[:, : self.limit]
+            inside = inside.gather(1, place)
+        at = self.index[start[:, None] + torch.where(inside, place, 0)]
+        scores, _ = self.module(self.instances[at], inside)
+        return F.cross_entropy(scores, label, weight=self.weight)
+
+
+def _spans(stops):
+    """Start and stop of consecutive bags, (n_bags, 2) int64."""
+    return np.stack([np.append(0, stops[:-1]), stops], axis=1).astype(np.int64)
+
+
+def _is_list_of_bags(X):
+    """Tell a list of tables, or an array of three axes or of objects, from one table."""
+    if isinstance(X, Rows):
+        return False
+    if len(getattr(X, "shape", ())) == 3:
+        return True
+    is_list = isinstance(X, list | tuple) or len(getattr(X, "shape", ())) == 1
+    first = X[0] if is_list and len(X) else None
+    return len(getattr(first, "shape", ())) == 2
+
+
+def _n_rows(X):
+    return X.shape[0] if hasattr(X, "shape") else len(X)
+
+
+def _labels_of_bags(y, n_rows, bags, groups):
+    """One label per bag: given so, or once for each row of a group."""
+    y = column_or_1d(y, warn=True)
+    if groups is None:
+        check_consistent_length(bags, y)
+        return y
+    names, first, bag = np.unique(groups, return_index=True, return_inverse=True)
+    if len(y) == len(names) != n_rows:
+        return y
+    check_consistent_length(groups, y)
+    different = y != y[first][bag]
+    if different.any():
+        raise ValueError(
+            f"Rows of the group {names[bag[different][0]]!r} have different labels: a bag has one."
+        )
+    return y[first]

@@ -1,0 +1,724 @@
+"""Segmentation from generative pre-training: a U-Net that learned to denoise learns to segment.
+
+GenSelfDiff-HIS (Purma et al., "GenSelfDiff-HIS: Generative Self-Supervision Using Diffusion for
+Histopathological Image Segmentation"), two phases on one network and one range of pixels:
+
+=================  ================================================================================
+paper              here
+=================  ================================================================================
+x_0                a patch, in [-1, 1] in both phases
+lambda_t           weight of a timestep: P2, k = gamma = 1, that is 1 - alpha_bar_t      (Eqs. 5, 6)
+L_P2               ``Diffusion.loss(weighting="p2")``, on images without masks           (Eq. 7)
+f_theta            the same U-Net at t = 0 with a new last layer                 (``module_``)
+L_SS + lambda L_FL ``segmentation_losses``, on images with masks                  (Eqs. 9 to 11)
+=================  ================================================================================
+"""
+
+import copy
+import os
+from numbers import Integral, Real
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.base import clone
+from sklearn.frozen import FrozenEstimator
+from sklearn.utils.metadata_routing import UNUSED
+from sklearn.utils.validation import check_is_fitted
+
+from diffaugkit.base import (
+    HasMethods,
+    Interval,
+    StrOptions,
+    TorchEstimator,
+    _fit_context,
+    all_or_nothing,
+)
+from diffaugkit.data import check_X
+from diffaugkit.denoisers import UNetDenoiser, unet_size
+from diffaugkit.diffusion import WEIGHTINGS, Diffusion
+from diffaugkit.encoder_fits import auto_epochs
+from diffaugkit.image_files import list_images
+from diffaugkit.image_inputs import reading_range
+from diffaugkit.image_rows import to_unit
+from diffaugkit.segmentation_data import (
+    IGNORED,
+    ImageList,
+    PatchRows,
+    erase_boxes,
+    read_masks,
+    swap_cells,
+    vary_pairs,
+)
+from diffaugkit.segmentation_losses import segmentation_loss
+from diffaugkit.segmentation_networks import AttentionUNet, KeepBest, SegmentationNetwork
+from diffaugkit.segmentation_tiles import predict_strips
+from diffaugkit.training import isolated_rng, make_batches, reduced_precision
+
+__all__ = ["DiffusionSegmenter"]
+
+_LOSSES = ("ss_focal", "ss", "focal", "cross_entropy")
+_PRETEXTS = ("diffusion", "inpainting", "context_restoration")
+_LARGEST_AUTO_PATCH = 128
+_PAPER_WIDTHS = (64, 128, 256, 512)
+
+
+class DiffusionSegmenter(TorchEstimator):
+    """Segment images with a U-Net that was pre-trained, without masks, by denoising.
+
+    Parameters
+    ----------
+    diffusion : "auto", estimator or None, default="auto"
+        The pre-training. "auto" trains this estimator's own network by `pretext`. An
+        :class:`~diffaugkit.EmbeddingConditionedDiffusion` of pixels, best without condition
+        (``encoder=None``), is cloned and fitted on the patches, or gives its weights as they are
+        inside ``sklearn.frozen.FrozenEstimator``; its U-Net is then the network. None trains from
+        scratch.
+    pretext : {"diffusion", "inpainting", "context_restoration"} or None, default="diffusion"
+        What "auto" learns from: noise (the paper), erased boxes (Pathak et al. 2016), cells that
+        changed places (Chen et al. 2019), or nothing.
+    loss_weighting : {"p2", "uniform", "min_snr"}, default="p2"
+        Diffusion: weight of the noise levels.
+    n_timesteps : int, default=1000
+        Diffusion: noise levels, on the paper's schedule (squares of evenly spaced roots).
+    denoiser : {"unet", "attention_unet"}, default="unet"
+        The network: diffusers' U-Net, or the paper's with linear attention at every level. Not used
+        where `diffusion` is an estimator.
+    block_out_channels : tuple of int or "auto", default="auto"
+        Width of each level. "auto" is the paper's (64, 128, 256, 512) for ``"attention_unet"``, and
+        at most (32, 64, 64, 128) for ``"unet"``, which two CPU cores train in minutes.
+    patch_size : int, tuple of (int, int) or "auto", default="auto"
+        Height and width of the patches of both phases and of the tiles of prediction. "auto" is the
+        smallest training image, at most 128; the paper has 256.
+    stride : int, tuple of (int, int) or "auto", default="auto"
+        Distance of training patches; "auto" is half a patch. The paper has 64.
+    loss : {"ss_focal", "ss", "focal", "cross_entropy"}, default="ss_focal"
+        Loss of the second phase.
+    focal_weight : float, default=1.0
+        Weight lambda of the focal loss in the sum, the paper's best.
+    augment : bool, default=True
+        Flip patches with their masks, and jitter and blur their colours, as in the paper.
+    classes : array-like of int or None, default=None
+        Labels that masks may hold, the first one the background. None takes those found. Give it
+        where a training set may lack a class.
+    ignore_label : int or None, default=None
+        Label of pixels that count nowhere.
+    validation_fraction : float, default=0.1
+        Share of the images, or of the `groups`, by whose Dice the best epoch is chosen. Where it
+        amounts to less than half of one, or is 0, the last epoch is kept and nothing held out.
+    overlap : float, default=0.25
+        Prediction: share of a tile that the next one covers again. Below 0.5 the middle of a tile
+        is its own prediction.
+    window : {"hann", "linear"}, default="hann"
+        Prediction: how overlapping tiles blend.
+    image_shape : tuple of (int, int, int) or None, default=None
+        Height, width and channels of the images in the rows of a 2-D `X`; one entry may be -1.
+    pretrain_epochs : int or "auto", default="auto"
+        Epochs of the first phase; "auto" is the paper's 100, or as many as make 2 000 batches if
+        that is fewer, but at least 10.
+    max_epochs : int or "auto", default="auto"
+        Epochs of the second phase; "auto" is the paper's 150, or as many as make 1 000 batches.
+    batch_size : int, default=8
+        Patches of a batch in both phases, the paper's.
+    learning_rate : float, default=1e-3
+        Peak rate of AdamW with warm-up and cosine, in both phases; take the paper's 1e-4 for its
+        network.
+    device, precision, compile, random_state, verbose, checkpoint_dir, callbacks
+        Common parameters; see :class:`~diffaugkit.base.TorchEstimator`. Each phase keeps its
+        checkpoints in a folder of its own.
+
+    Attributes
+    ----------
+    module_ : SegmentationNetwork
+    classes_ : ndarray of shape (n_classes,)
+        Labels, sorted, or in the order of `classes`; the first one is the background.
+    diffusion_ : estimator or None
+        The fitted `diffusion`, where one was given.
+    patch_shape_ : tuple of (int, int)
+        Height and width of patches.
+    image_shape_ : tuple of (int, int, int)
+        Height, width and channels of the first training image.
+    history_ : DataFrame
+        One row per epoch: phase ("pretraining" or "finetuning"), epoch, loss and its parts,
+        learning_rate, and validation_dice where images were held out.
+    n_iter_ : int
+        Epochs of both phases.
+    n_features_in_ : int
+        Values of the first training image.
+
+    See Also
+    --------
+    EmbeddingConditionedDiffusion : The generator whose weights it can start from.
+
+    Notes
+    -----
+    The released code pre-trains on [-1, 1] and fine-tunes on [0, 1]; here both phases see [-1, 1].
+    It takes the log of a softmax; here ``log_softmax`` does. It predicts patches; here whole images
+    of any size are put together from overlapping tiles, strip by strip.
+
+    ``fit`` calls its second argument `masks`. scikit-learn passes it by position, so that pipelines
+    and searches work; of scikit-learn's checks only the one for the name ``y`` is not met.
+
+    References
+    ----------
+    Purma et al., GenSelfDiff-HIS. Choi et al. 2022, P2 weighting. Zhao et al. 2019; Lin et al.
+    2017.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from diffaugkit.segmenter import DiffusionSegmenter
+    >>> X = np.random.default_rng(0).integers(0, 90, (12, 16, 16), dtype=np.uint8)
+    >>> X[:, 4:12, 4:12] += 120
+    >>> masks = X > 100
+    >>> segmenter = DiffusionSegmenter(
+    ...     pretrain_epochs=2, max_epochs=12, block_out_channels=(8, 8), random_state=0
+    ... ).fit(X[:10], masks[:10])
+    >>> segmenter.predict(X[10:]).shape, segmenter.score(X[10:], masks[10:]) > 0.8
+    ((2, 16, 16), True)
+    """
+
+    _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
+        **TorchEstimator._parameter_constraints,
+        "diffusion": [HasMethods(["fit", "sample"]), StrOptions({"auto"}), None],
+        "pretext": [StrOptions(set(_PRETEXTS)), None],
+        "loss_weighting": [StrOptions(set(WEIGHTINGS))],
+        "n_timesteps": [Interval(Integral, 2, None, closed="left")],
+        "denoiser": [StrOptions({"unet", "attention_unet"})],
+        "block_out_channels": [tuple, list, StrOptions({"auto"})],
+        "patch_size": [Interval(Integral, 1, None, closed="left"), tuple, StrOptions({"auto"})],
+        "stride": [Interval(Integral, 1, None, closed="left"), tuple, StrOptions({"auto"})],
+        "loss": [StrOptions(set(_LOSSES))],
+        "focal_weight": [Interval(Real, 0, None, closed="left")],
+        "augment": ["boolean"],
+        "classes": ["array-like", None],
+        "ignore_label": [Integral, None],
+        "validation_fraction": [Interval(Real, 0, 1, closed="left")],
+        "overlap": [Interval(Real, 0, 1, closed="left")],
+        "window": [StrOptions({"hann", "linear"})],
+        "image_shape": [tuple, list, None],
+        "pretrain_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "max_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+    }
+    _extra_state = ("_pixel_range", "_layout", "_one_label")
+    # What passes `masks` on does so by position: it is no metadata to ask for.
+    __metadata_request__fit = {"masks": UNUSED}  # noqa: RUF012
+
+    def __init__(
+        self,
+        diffusion="auto",
+        *,
+        pretext="diffusion",
+        loss_weighting="p2",
+        n_timesteps=1000,
+        denoiser="unet",
+        block_out_channels="auto",
+        patch_size="auto",
+        stride="auto",
+        loss="ss_focal",
+        focal_weight=1.0,
+        augment=True,
+        classes=None,
+        ignore_label=None,
+        validation_fraction=0.1,
+        overlap=0.25,
+        window="hann",
+        image_shape=None,
+        pretrain_epochs="auto",
+        max_epochs="auto",
+        batch_size=8,
+        learning_rate=1e-3,
+        device="auto",
+        precision="auto",
+        compile=False,
+        random_state=None,
+        verbose=0,
+        checkpoint_dir=None,
+        callbacks=None,
+    ):
+        self.diffusion = diffusion
+        self.pretext = pretext
+        self.loss_weighting = loss_weighting
+        self.n_timesteps = n_timesteps
+        self.denoiser = denoiser
+        self.block_out_channels = block_out_channels
+        self.patch_size = patch_size
+        self.stride = stride
+        self.loss = loss
+        self.focal_weight = focal_weight
+        self.augment = augment
+        self.classes = classes
+        self.ignore_label = ignore_label
+        self.validation_fraction = validation_fraction
+        self.overlap = overlap
+        self.window = window
+        self.image_shape = image_shape
+        self.pretrain_epochs = pretrain_epochs
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.device = device
+        self.precision = precision
+        self.compile = compile
+        self.random_state = random_state
+        self.verbose = verbose
+        self.checkpoint_dir = checkpoint_dir
+        self.callbacks = callbacks
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    @all_or_nothing
+    def fit(self, X, masks, *, unlabeled=None, groups=None):
+        """Pre-train the U-Net on images alone, and fine-tune it on images with masks.
+
+        Parameters
+        ----------
+        X : array-like, list, path or Rows
+            Images: an array of three or four dimensions, a list of arrays, pictures or paths, which
+            may differ in size, a folder, or a 2-D array with `image_shape`.
+        masks : array-like of shape (n_samples, height, width), or list
+            Labels of the pixels, whole numbers: an array, or a list of arrays (height, width),
+            pictures or paths. For a 2-D `X` also (n_samples, height * width), or (n_samples,) for
+            images of one pixel.
+        unlabeled : as `X`, or None, default=None
+            Images of the first phase; None takes `X` without its masks.
+        groups : array-like of shape (n_samples,) or None, default=None
+            Patient or slide of each image: images of a group are all held out, or none.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            For input that is no images, masks that do not fit, or masks of one class only.
+        TypeError
+            If `diffusion` has no U-Net to start from.
+        """
+        import pandas as pd
+
+        if masks is None:
+            raise ValueError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None: give "
+                "masks."
+            )
+        images = self._read(X, reset=True).loaded()
+        targets = self._encode(read_masks(masks, images))
+        pool = images if unlabeled is None else self._read(unlabeled, reset=False).loaded()
+        seed = self._seed()
+        train, held = self._split(len(images), groups, seed)
+        self.patch_shape_ = self._make_patch_shape(images)
+        self.diffusion_ = None
+
+        denoiser, history = self._pretrain(pool, seed)
+        with isolated_rng(self._child_seed(seed, 2)):
+            network = SegmentationNetwork(denoiser, len(self.classes_))
+        self.module_, more = self._finetune(network, images, targets, train, held, seed)
+
+        self.history_ = pd.DataFrame(history + more)
+        self.n_iter_ = len(self.history_)
+        return self
+
+    def _pretrain(self, images, seed):
+        """Phase one: the U-Net after its pretext task, and what it logged."""
+        patches = PatchRows(images, range(len(images)), self.patch_shape_, self._strides())
+        if self.diffusion not in ("auto", None):
+            self.diffusion_ = self._fit_diffusion(patches, seed)
+            return copy.deepcopy(self.diffusion_.module_).cpu(), _logged(self.diffusion_)
+        with isolated_rng(self._child_seed(seed, 0)):
+            denoiser = self._make_denoiser()
+        if self.diffusion is None or self.pretext is None:
+            return denoiser, []
+        pixel_range = patches.pixel_range
+        diffusion = Diffusion(self.n_timesteps, "scaled_linear")
+
+        def clean(x):
+            return torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+        def loss(x):
+            x = to_unit(x, pixel_range)
+            if self.augment:
+                x, _ = vary_pairs(x, x[:, :1], color=False)
+            if self.pretext == "diffusion":
+                return diffusion.loss(denoiser, x, weighting=self.loss_weighting)
+            if self.pretext == "context_restoration":
+                return (denoiser(swap_cells(x), clean(x)) - x).square().mean()
+            erased, holes = erase_boxes(x)
+            error = (denoiser(erased, clean(x)) - x).square().mean(dim=1, keepdim=True)
+            return (error * holes).sum() / holes.sum().clamp(min=1)
+
+        batches = self._batches(patches, seed=self._child_seed(seed, 1))
+        steps = batches.steps_per_epoch
+        denoiser, history = self._fit_loop(
+            denoiser,
+            loss,
+            batches,
+            seed=self._child_seed(seed, 1),
+            max_epochs=auto_epochs(self.pretrain_epochs, steps, paper=100, most_steps=2_000),
+            warmup=0.05,
+            grad_clip=1.0,
+            checkpoint_dir=self._folder("pretraining"),
+        )
+        return denoiser.cpu(), [{"phase": "pretraining", **row} for row in history]
+
+    def _finetune(self, network, images, targets, train, held, seed):
+        """Phase two: the U-Net at t = 0 on images with masks, best epoch by held-out Dice."""
+        pixel_range = images.common_range()
+        patches, truth = self._pairs(images, targets, train, self._strides())
+        batches = self._batches(patches, truth, seed=self._child_seed(seed, 3))
+        own = []
+        module = network
+        if held is not None:
+            module = KeepBest(network)
+            own = [self._validation(module, images, targets, held)]
+
+        def loss(x, target):
+            x = to_unit(x, pixel_range)
+            if self.augment:
+                x, target = vary_pairs(x, target)
+            return segmentation_loss(
+                module(x),
+                target[:, 0],
+                loss=self.loss,
+                focal_weight=self.focal_weight,
+                ignore_index=IGNORED,
+            )
+
+        given = self.callbacks
+        given = [given] if callable(given) else list(given or ())
+        steps = batches.steps_per_epoch
+        _, history = self._fit_loop(
+            module,
+            loss,
+            batches,
+            seed=self._child_seed(seed, 3),
+            max_epochs=auto_epochs(self.max_epochs, steps, paper=150),
+            warmup=0.05,
+            grad_clip=1.0,
+            callbacks=own + given,
+            checkpoint_dir=self._folder("finetuning"),
+        )
+        network = network if held is None else module.restore()
+        return network.eval(), [{"phase": "finetuning", **row} for row in history]
+
+    def _validation(self, module, images, targets, held):
+        """Make the callback that scores epochs on held-out patches and keeps the best weights."""
+        patches, truth = self._pairs(images, targets, held, self.patch_shape_)
+        n_classes, device = len(self.classes_), self._device()
+
+        def score(epoch, history):
+            module.eval()
+            counts = np.zeros((n_classes, n_classes))
+            for part in patches.slices(max(8, self.batch_size)):
+                with torch.no_grad():
+                    x = to_unit(patches[part].to(device), patches.pixel_range)
+                    found = module(x).argmax(dim=1).cpu().numpy()
+                counts += _confusion(truth[part][:, 0].numpy(), found, n_classes)
+            history[-1]["validation_dice"] = _mean_dice(counts)
+            module.offer(history[-1]["validation_dice"])
+
+        return score
+
+    # ---- prediction ------------------------------------------------------------------------------
+
+    def predict(self, X):
+        """Label the pixels of whole images of any size.
+
+        Parameters
+        ----------
+        X : as for ``fit``
+            The images; of a fitted `image_shape` only that size.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, height, width), or list of ndarray of shape (height, width)
+            Labels out of ``classes_``. A list for a list or a folder, an array for an array, (n,
+            height * width) for a 2-D `X`, and (n,) if its images have one pixel.
+
+        Notes
+        -----
+        Memory beside images and labels is that of one strip of tiles. The labels have the type of
+        the masks: masks of bytes give bytes.
+        """
+        check_is_fitted(self, "module_")
+        images = self._read(X, reset=False)
+        out = [np.empty(images.size(row), self.classes_.dtype) for row in range(len(images))]
+        for row, part, found in self._strips(images):
+            out[row][part] = self.classes_[found.argmax(dim=0).numpy()]
+        return self._as_given(out, X)
+
+    def predict_proba(self, X):
+        """Give the probabilities of all classes for the pixels of whole images of any size.
+
+        Parameters
+        ----------
+        X : as for :meth:`predict`
+
+        Returns
+        -------
+        ndarray of shape (n_samples, height, width, n_classes), or list of ndarray
+            As for :meth:`predict`, with one more axis, in the order of ``classes_``; float32.
+        """
+        check_is_fitted(self, "module_")
+        images = self._read(X, reset=False)
+        sizes = [(*images.size(row), len(self.classes_)) for row in range(len(images))]
+        out = [np.empty(size, np.float32) for size in sizes]
+        for row, part, found in self._strips(images):
+            out[row][part] = found.permute(1, 2, 0).numpy()
+        return self._as_given(out, X)
+
+    def score(self, X, y):
+        """Mean Dice over images and foreground classes.
+
+        Parameters
+        ----------
+        X : as for :meth:`predict`
+        y : as `masks` of ``fit``
+            The masks, under the name by which scikit-learn's scorers know them.
+
+        Returns
+        -------
+        float
+            2 |A n B| / (|A| + |B|) per class, without the first one, the background; mean over the
+            classes that an image has, or was predicted to have, then over the images that have any.
+            1 if none has. Pixels of `ignore_label` do not count.
+        """
+        check_is_fitted(self, "module_")
+        images = self._read(X, reset=False)
+        targets = self._encode(read_masks(y, images), reset=False)
+        n_classes = len(self.classes_)
+        counts = np.zeros((len(images), n_classes, n_classes))
+        for row, part, found in self._strips(images):
+            labels = found.argmax(dim=0).numpy()
+            counts[row] += _confusion(targets[row][part], labels, n_classes)
+        scores = [_mean_dice(table, empty=np.nan) for table in counts]
+        return float(np.nanmean(scores)) if not np.isnan(scores).all() else 1.0
+
+    def _strips(self, images):
+        device = self._device()
+        module = self.module_.to(device).eval()
+        tile = self.patch_shape_
+        stride = tuple(max(1, round(side * (1 - self.overlap))) for side in tile)
+
+        def predict(x):
+            with torch.no_grad():
+                return module(x.to(device)).float().softmax(dim=1).cpu()
+
+        # One batch size, the library's, whatever the caller's: a tile's bits do not depend on it.
+        batch_size = 8 if device.type == "cpu" else 32
+        with reduced_precision(module, self.precision, device):
+            yield from predict_strips(
+                images, predict, tile=tile, stride=stride, window=self.window, batch_size=batch_size
+            )
+
+    def _as_given(self, out, X):
+        if self.image_shape is not None and self._layout == "flat":
+            flat = np.stack([values.reshape(-1, *values.shape[2:]) for values in out])
+            return flat[:, 0] if self._one_label else flat
+        return np.stack(out) if hasattr(X, "shape") and len(X.shape) > 1 else out
+
+    # ---- input -----------------------------------------------------------------------------------
+
+    def _read(self, X, *, reset):
+        """Images of any container as an ImageList; what is learned of them is of the first one."""
+        if self.image_shape is not None:
+            parts = [self._images_only(check_X(self, X, reset=reset, **self._gate()))]
+        elif (items := _items(X)) is None:
+            parts = [self._gated(X, reset)]
+        else:
+            parts = []
+            for row, item in enumerate(items):
+                try:
+                    parts.append(self._gated([item], reset and not row))
+                except (ValueError, TypeError) as error:
+                    raise type(error)(f"Row {row} of X: {error}") from error
+        n_channels = parts[0].shape[1] if reset else self.image_shape_[2]
+        for row, part in enumerate(parts):
+            if part.shape[1] != n_channels:
+                where = f"row {row} of X" if len(parts) > 1 else "X"
+                raise ValueError(
+                    f"The images in {where} have {part.shape[1]} channels, but "
+                    f"{type(self).__name__} was fitted on {n_channels}."
+                )
+        images = ImageList(parts, [part.pixel_range for part in parts])
+        if reset:
+            self._pixel_range = images.common_range()
+            return ImageList(parts, [self._pixel_range] * len(parts))
+        name = type(self).__name__
+        return ImageList(parts, [reading_range(name, part, self._pixel_range) for part in parts])
+
+    def _gated(self, X, reset):
+        # After fit images may have any size, so the gate learns the size anew, on a stand-in.
+        learner = self if reset else type(self)(**self.get_params(deep=False))
+        return self._images_only(check_X(learner, X, reset=True, **self._gate()))
+
+    def _images_only(self, rows):
+        if not rows.is_image:
+            raise ValueError(
+                f"{type(self).__name__} takes images, but X has vectors: give image_shape=(height, "
+                "width, channels) if its rows are flattened images."
+            )
+        return rows
+
+    def _gate(self):
+        return {"image_shape": self.image_shape, "images": True}
+
+    def _encode(self, masks, *, reset=True):
+        """Masks as bytes: the position of a label in ``classes_``, and `IGNORED`."""
+        if reset:
+            self._one_label = self.image_shape_[:2] == (1, 1)
+            if self.classes is None:
+                found = np.unique(np.concatenate([np.unique(mask) for mask in masks]))
+                self.classes_ = found[found != self.ignore_label]
+            else:
+                self.classes_ = np.asarray(self.classes)
+            if not 2 <= len(np.unique(self.classes_)) == len(self.classes_) < IGNORED:
+                raise ValueError(
+                    f"masks hold {len(self.classes_)} classes, {self.classes_[:5]}: one class is "
+                    f"too few, {IGNORED} are too many, and each is named once. Name those that "
+                    "masks may hold with classes=."
+                )
+        order = np.argsort(self.classes_)
+        known, out = self.classes_[order], []
+        for row, mask in enumerate(masks):
+            position = np.searchsorted(known, mask).clip(max=len(known) - 1)
+            code = order[position].astype(np.uint8)
+            ignored = np.zeros(mask.shape, bool)
+            if self.ignore_label is not None:
+                ignored = mask == self.ignore_label
+            unknown = (known[position] != mask) & ~ignored
+            if unknown.any():
+                raise ValueError(
+                    f"The mask in row {row} holds the label {mask[unknown][0]}, which is not among "
+                    f"the classes {known.tolist()}: name it in classes=, or as ignore_label."
+                )
+            code[ignored] = IGNORED
+            out.append(code)
+        return out
+
+    def _split(self, n, groups, seed):
+        """Numbers of the images to train on, and of those held out or None, by whole groups."""
+        units = np.arange(n) if groups is None else np.asarray(groups)
+        if units.shape != (n,):
+            raise ValueError(f"groups has shape {units.shape}, but X has {n} images: one each.")
+        names, unit = np.unique(units, return_inverse=True)
+        n_held = min(round(self.validation_fraction * len(names)), len(names) - 1)
+        if not n_held:
+            return np.arange(n), None
+        order = np.random.default_rng(self._child_seed(seed, 4)).permutation(len(names))
+        is_held = np.isin(unit, order[:n_held])
+        return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+    def _make_patch_shape(self, images):
+        if self.patch_size == "auto":
+            sizes = np.array([images.size(row) for row in range(len(images))])
+            return tuple(int(side) for side in sizes.min(axis=0).clip(max=_LARGEST_AUTO_PATCH))
+        return _pair(self.patch_size, "patch_size")
+
+    def _strides(self):
+        if self.stride == "auto":
+            return tuple(max(1, side // 2) for side in self.patch_shape_)
+        return _pair(self.stride, "stride")
+
+    def _pairs(self, images, targets, numbers, stride):
+        patches = PatchRows(images, numbers, self.patch_shape_, stride)
+        return patches, PatchRows(targets, numbers, self.patch_shape_, stride)
+
+    def _batches(self, *rows, seed):
+        return make_batches(*rows, batch_size=self.batch_size, seed=seed, device=self._device())
+
+    # ---- network ---------------------------------------------------------------------------------
+
+    def _make_denoiser(self):
+        shape = (self.image_shape_[2], *self.patch_shape_)
+        widths = self.block_out_channels
+        if self.denoiser == "attention_unet":
+            return AttentionUNet(shape[0], _PAPER_WIDTHS if widths == "auto" else widths)
+        size = unet_size(shape)
+        if widths != "auto":
+            size["block_out_channels"] = tuple(widths)
+        return UNetDenoiser(shape[0], **size)
+
+    def _fit_diffusion(self, patches, seed):
+        diffusion = clone(self.diffusion)
+        if not isinstance(diffusion, FrozenEstimator):
+            own = diffusion.checkpoint_dir
+            if diffusion.random_state is None:
+                diffusion.set_params(random_state=self._child_seed(seed, 0))
+            if own is None:
+                diffusion.set_params(checkpoint_dir=self._folder("diffusion"))
+            diffusion.fit(patches).set_params(checkpoint_dir=own)
+        check_is_fitted(diffusion)
+        shape = diffusion.image_shape_
+        if shape is None or getattr(diffusion, "autoencoder_", None) is not None:
+            raise TypeError(
+                "diffusion was fitted on vectors or latents: a segmenter starts from the U-Net of "
+                "pixels, EmbeddingConditionedDiffusion(encoder=None, autoencoder=None)."
+            )
+        if shape[2] != patches.shape[1]:
+            raise ValueError(
+                f"diffusion was fitted on images of {shape[2]} channels, but X has "
+                f"{patches.shape[1]}."
+            )
+        return diffusion
+
+    def _build(self):
+        given = self.diffusion_
+        denoiser = self._make_denoiser() if given is None else copy.deepcopy(given.module_)
+        return SegmentationNetwork(denoiser, len(self.classes_))
+
+    def _folder(self, phase):
+        if self.checkpoint_dir is None:
+            return None
+        return str(Path(os.fspath(self.checkpoint_dir)) / phase)
+
+    def __sklearn_tags__(self):  # noqa: D105
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = False
+        tags.target_tags.required = True
+        return tags
+
+
+def _items(X):
+    """Images of a list, an array of objects or a folder, one by one; None for anything else."""
+    if isinstance(X, str | os.PathLike) and Path(X).is_dir():
+        return list_images(X)[0]
+    if not isinstance(X, list | tuple) and not (
+        len(getattr(X, "shape", ())) == 1 and getattr(X, "dtype", None) is not None
+    ):
+        return None
+    items = list(X)
+    first = items[0] if items else None
+    is_path = isinstance(first, str | os.PathLike)
+    is_picture = hasattr(first, "getbands") or len(getattr(first, "shape", ())) in (2, 3)
+    if not (is_path or is_picture) or str(first).endswith(".tar"):
+        return None
+    return items
+
+
+def _pair(value, name):
+    sides = (value, value) if isinstance(value, Integral) else tuple(value)
+    if len(sides) != 2 or not all(isinstance(s, Integral) and s >= 1 for s in sides):
+        raise ValueError(f"{name}={value!r} must be a number of pixels, or (height, width).")
+    return int(sides[0]), int(sides[1])
+
+
+def _logged(diffusion):
+    if isinstance(diffusion, FrozenEstimator):
+        return []
+    return [{"phase": "pretraining", **row} for row in diffusion.history_.to_dict("records")]
+
+
+def _confusion(truth, found, n_classes):
+    """Count pixels by true and predicted class, (K, K)."""
+    labelled = truth != IGNORED
+    pairs = truth[labelled].astype(np.int64) * n_classes + found[labelled]
+    return np.bincount(pairs, minlength=n_classes**2).reshape(n_classes, n_classes)
+
+
+def _mean_dice(counts, empty=1.0):
+    """Mean Dice of the classes after the first one; `empty` if there are none to be seen."""
+    both = np.diag(counts)[1:]
+    either = (counts.sum(axis=0) + counts.sum(axis=1))[1:]
+    seen = either > 0
+    return float((2 * both[seen] / either[seen]).mean()) if seen.any() else empty

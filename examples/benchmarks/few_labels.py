@@ -1,0 +1,231 @@
+"""Classifiers on few labels with and without generated images: DiNO-Diffusion's Table 1, small.
+
+    DIFFAUGKIT_DATA=folder python few_labels.py --sets pneumonia cifar --out few_labels.json
+
+For each set an encoder (DINO) and a diffusion model on its embeddings learn once from all training
+images, without labels, and are saved beside the results. In each of five folds N labelled images
+are drawn from the other four fifths, images are generated from them (reconstruction or
+interpolation) at several per real one, and classifiers learn from the real images, from both
+together, and from the generated ones alone. They are judged by the AUC (one against the rest) on
+the test images of the set. The sets of smaller ratios are the first images of the largest. Each
+result is written as it comes, and a second run goes on where the first stopped::
+
+    python few_labels.py --quick                            # a smoke test, two minutes
+    python few_labels.py --tables --out few_labels.json     # run nothing, print the tables
+    python few_labels.py --sizes 50 100 --ratios 1 5 10     # what two CPU cores do in an hour
+
+Ratio 50 of 1 000 labels generates 50 000 images per fold and strategy: that is for a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+from _common import Results, markdown
+from scipy.stats import ttest_rel
+from sklearn.decomposition import PCA
+from sklearn.ensemble import ExtraTreesClassifier
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold, train_test_split
+from sklearn.pipeline import make_pipeline
+
+SETS = {"pneumonia": "pneumonia28.npz", "cifar": "cifar10_6k.npz"}
+STRATEGIES = ("reconstruction", "interpolation")
+USES = ("augmentation", "all-synthetic")
+CLASSIFIERS = {
+    "logistic": lambda: LogisticRegression(max_iter=1000),
+    "trees": lambda: ExtraTreesClassifier(200, min_samples_leaf=2, random_state=0, n_jobs=-1),
+}
+
+
+def load_set(name, quick):
+    """Training images and labels in random order, test images and labels."""
+    folder = os.environ.get("DIFFAUGKIT_DATA")
+    if not folder:
+        raise SystemExit("set DIFFAUGKIT_DATA to the folder that holds the image sets")
+    with np.load(Path(folder) / SETS[name]) as file:
+        X, y, X_test, y_test = (file[key] for key in ("X", "y", "X_test", "y_test"))
+    order = np.random.default_rng(0).permutation(len(X))
+    order = order[:400] if quick else order
+    return X[order], y[order], X_test, y_test
+
+
+def pretrain(name, X, args):
+    """Encoder and diffusion model of a set, learned without labels, from disk if they are there."""
+    from diffaugkit import EmbeddingConditionedDiffusion, SelfSupervisedEncoder, load
+
+    path = Path(args.out).with_suffix("") / f"{name}{'-quick' if args.quick else ''}"
+    if path.exists():
+        return FrozenEstimator(load(path))
+    encoder, options = SelfSupervisedEncoder("dino"), {}
+    if args.quick:
+        encoder.set_params(max_epochs=1, n_local_crops=0)
+        options = {"max_epochs": 1, "n_sampling_steps": 4, "block_out_channels": (16, 16)}
+    if args.epochs:
+        encoder.set_params(max_epochs=args.epochs)
+    if args.diffusion_epochs:
+        options["max_epochs"] = args.diffusion_epochs
+    diffusion = EmbeddingConditionedDiffusion(encoder, random_state=0, verbose=1, **options).fit(X)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    diffusion.set_params(verbose=0).save(path)
+    return FrozenEstimator(diffusion)
+
+
+def judge(X, y, X_test, y_test):
+    """AUC x 100 of each classifier, on principal components of the pixels it was given."""
+    found = {}
+    X, X_test = (part.reshape(len(part), -1).astype(np.float32) / 255 for part in (X, X_test))
+    for name, make in CLASSIFIERS.items():
+        # Not whitened: with 50 labels the last components are noise.
+        model = make_pipeline(PCA(min(50, *X.shape), random_state=0), make()).fit(X, y)
+        shares = model.predict_proba(X_test)
+        shares = shares[:, 1] if shares.shape[1] == 2 else shares
+        found[name] = 100 * float(roc_auc_score(y_test, shares, multi_class="ovr"))
+    return found
+
+
+def first_of_each(labels, y, ratio):
+    """Rows of the generated set that a smaller ratio would have: the first of each class."""
+    kinds, sizes = np.unique(y, return_counts=True)
+    rows = [
+        np.flatnonzero(labels == kind)[: round(ratio * size)]
+        for kind, size in zip(kinds, sizes, strict=True)
+    ]
+    return np.concatenate(rows)
+
+
+def run(args, results):
+    from diffaugkit.augmenter import GenerativeAugmenter
+
+    for name in args.sets:
+        X, y, X_test, y_test = load_set(name, args.quick)
+        splitter = StratifiedKFold(5, shuffle=True, random_state=0)
+        for fold, (pool, _) in enumerate(splitter.split(X, y)):
+            if fold >= args.folds:
+                break
+            for size in args.sizes:
+                few, _ = train_test_split(
+                    pool, train_size=size, random_state=fold, stratify=y[pool]
+                )
+                key = f"{name}|{size}|{fold}"
+                if f"{key}|real" not in results.read():
+                    results.add(f"{key}|real", judge(X[few], y[few], X_test, y_test))
+                for strategy in args.strategies:
+                    how = f"{strategy}, gate {args.min_confidence:g}"
+                    keys = {
+                        (use, ratio): f"{key}|{how}|{use}|{ratio:g}"
+                        for use in USES
+                        for ratio in args.ratios
+                    }
+                    if all(found in results.read() for found in keys.values()):
+                        continue
+                    start = time.perf_counter()
+                    augmenter = GenerativeAugmenter(
+                        pretrain(name, X, args),
+                        strategy,
+                        ratio=max(args.ratios),
+                        replace_real=True,
+                        min_confidence=args.min_confidence,
+                        random_state=fold,
+                    )
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        made, labels = augmenter.fit_resample(X[few], y[few])
+                    seconds = time.perf_counter() - start
+                    record = augmenter.selection_.drop(columns="class").sum().to_dict()
+                    report = augmenter.quality_report_
+                    if report is not None:
+                        record |= {
+                            "label_consistency": report.label_consistency,
+                            "copy_ratio": report.copy_ratio,
+                        }
+                    record = {k: float(v) for k, v in record.items() if v is not None}
+                    results.add(f"{key}|{how}|generator", record | {"seconds": seconds})
+                    for (use, ratio), found in keys.items():
+                        rows = first_of_each(labels, y[few], ratio)
+                        if use == "augmentation":
+                            given = np.concatenate([X[few], made[rows]])
+                            given_labels = np.concatenate([y[few], labels[rows]])
+                        else:
+                            given, given_labels = made[rows], labels[rows]
+                        if len(np.unique(given_labels)) < len(np.unique(y)):
+                            continue  # no sample of a class passed the checks
+                        scores = judge(given, given_labels, X_test, y_test)
+                        results.add(found, scores)
+                        print(f"{found}: {scores}", flush=True)
+
+
+def tables(results):
+    """Print AUC and the paired test against real images alone, per set, use and classifier."""
+    found, real = {}, {}
+    for key, record in results.read().items():
+        parts = key.split("|")
+        if parts[-1] == "real":
+            real[tuple(parts[:3])] = record
+        elif parts[-1] != "generator":
+            name, size, fold, strategy, use, ratio = parts
+            cells = found.setdefault((name, use, strategy), {}).setdefault(int(size), {})
+            cells.setdefault(float(ratio), {})[fold] = record
+    for (name, use, strategy), sizes in found.items():
+        for classifier in CLASSIFIERS:
+            ratios = sorted({ratio for cells in sizes.values() for ratio in cells})
+            print(f"\n{name}, {use} by {strategy}, {classifier}: AUC x 100 (p, paired t-test)\n")
+            rows = []
+            for size, cells in sorted(sizes.items()):
+                base = {
+                    fold: record[classifier]
+                    for (other, n, fold), record in real.items()
+                    if (other, n) == (name, str(size))
+                }
+                row = [size, f"{np.mean(list(base.values())):.1f}"]
+                for ratio in ratios:
+                    folds = sorted(set(cells.get(ratio, ())) & set(base))
+                    if not folds:
+                        row.append("-")
+                        continue
+                    own = np.array([cells[ratio][fold][classifier] for fold in folds])
+                    other = np.array([base[fold] for fold in folds])
+                    text = f"{own.mean():.1f} ({(own - other).mean():+.1f}"
+                    if len(folds) > 2 and np.ptp(own - other) > 0:
+                        text += f", p {ttest_rel(own, other).pvalue:.3f}"
+                    row.append(text + ")")
+                rows.append(row)
+            print(markdown(["N", "real", *(f"1 : {ratio:g}" for ratio in ratios)], rows))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
+    parser.add_argument("--sizes", nargs="+", type=int, default=[50, 100, 500, 1000])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[1, 5, 10, 50])
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument(
+        "--min-confidence", type=float, default=0.5, help="of the gate; 0 keeps all, as the paper"
+    )
+    parser.add_argument("--folds", type=int, default=5, help="how many of the five to run")
+    parser.add_argument("--epochs", type=int, help="of the encoder; default: its own")
+    parser.add_argument("--diffusion-epochs", type=int, help="default: the model's own")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of all parts")
+    parser.add_argument("--tables", action="store_true", help="print the tables only")
+    parser.add_argument("--out", default="few_labels.json")
+    args = parser.parse_args()
+    if args.quick:
+        args.sizes, args.ratios, args.folds = [50], [1, 2], 1
+        args.out = str(Path(args.out).with_name("few_labels_quick.json"))
+    results = Results(args.out)
+    if not args.tables:
+        run(args, results)
+    tables(results)
+
+
+if __name__ == "__main__":
+    main()

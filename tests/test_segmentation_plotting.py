@@ -1,0 +1,163 @@
+"""The display of masks: what stands where, which pixels get which colour, and what is refused."""
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+
+from diffaugkit.segmentation_plotting import SegmentationDisplay
+
+matplotlib.use("Agg")
+H, W, FACTOR = 8, 10, 20  # tiles are enlarged to 160 pixels at least
+ORANGE, BLUE = (np.array(to_rgb(colour)) for colour in ("#e69f00", "#56b4e9"))
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+@pytest.fixture
+def X():
+    return np.full((2, H, W, 3), 51, dtype=np.uint8)
+
+
+@pytest.fixture
+def masks():
+    masks = np.zeros((2, H, W), dtype=int)
+    masks[0, 2:6, 3:7] = 1
+    masks[1, :, :5] = 2
+    return masks
+
+
+class Segmenter:
+    """The smallest thing that can be drawn."""
+
+    image_shape_ = (H, W, 3)
+
+    def __init__(self, masks):
+        self.masks = masks
+
+    def predict(self, X):
+        return self.masks[: len(X)]
+
+
+def headings(display):
+    return [text.get_text() for text in display.ax_.get_xticklabels()]
+
+
+def tiles(display):
+    """The mosaic cut into its tiles, (rows, columns, h, w, 3)."""
+    mosaic = np.asarray(display.image_.get_array())
+    white = (mosaic == 1.0).all(axis=2)
+    rows = np.flatnonzero(~white.all(axis=1))
+    columns = np.flatnonzero(~white.all(axis=0))
+    starts = [
+        [i for i in found if i == found[0] or i - 1 not in found] for found in (rows, columns)
+    ]
+    return np.array(
+        [[mosaic[i : i + FACTOR * H, j : j + FACTOR * W] for j in starts[1]] for i in starts[0]]
+    )
+
+
+def test_image_truth_and_prediction_stand_side_by_side(X, masks):
+    display = SegmentationDisplay.from_predictions(X, masks, masks[::-1], ["a", "b"])
+    assert headings(display) == ["image", "truth", "prediction"]
+    assert [text.get_text() for text in display.ax_.get_yticklabels()] == ["a", "b"]
+    drawn = tiles(display)
+    assert drawn.shape == (2, 3, FACTOR * H, FACTOR * W, 3)
+    np.testing.assert_allclose(drawn[:, 0], 0.2)
+    np.testing.assert_array_equal(drawn[0, 1], drawn[1, 2])
+    np.testing.assert_array_equal(drawn[1, 1], drawn[0, 2])
+    assert display.figure_ is display.ax_.figure
+
+
+def test_regions_are_tinted_and_outlined(X, masks):
+    drawn = tiles(SegmentationDisplay(X, masks).plot(alpha=0.25))
+    first, second = drawn[:, 1]
+    middle = first[4 * FACTOR, 5 * FACTOR]
+    np.testing.assert_allclose(middle, 0.75 * 0.2 + 0.25 * ORANGE)
+    np.testing.assert_allclose(second[5, 5], 0.75 * 0.2 + 0.25 * BLUE)
+    # The inner edge is in full, what lies outside as it was.
+    np.testing.assert_allclose(first[2 * FACTOR, 5 * FACTOR], ORANGE)
+    np.testing.assert_allclose(first[2 * FACTOR - 1, 5 * FACTOR], 0.2)
+    np.testing.assert_allclose(second[0, 5 * FACTOR - 1], BLUE)
+    plain = tiles(SegmentationDisplay(X, masks).plot(alpha=0.25, outline=False))[0, 1]
+    np.testing.assert_allclose(plain[2 * FACTOR, 5 * FACTOR], middle)
+    only = tiles(SegmentationDisplay(X, masks).plot(alpha=0.0))[0, 1]
+    np.testing.assert_allclose(only[4 * FACTOR, 5 * FACTOR], 0.2)
+    np.testing.assert_allclose(only[2 * FACTOR, 5 * FACTOR], ORANGE)
+
+
+def test_segments_without_background_all_have_a_colour(X, masks):
+    drawn = tiles(SegmentationDisplay(X, masks, background=None).plot(alpha=1.0))
+    np.testing.assert_allclose(drawn[0, 1, 0, 0], ORANGE)
+    np.testing.assert_allclose(drawn[0, 1, 4 * FACTOR, 5 * FACTOR], BLUE)
+    truth = SegmentationDisplay.from_predictions(X, masks, masks, background=None)
+    np.testing.assert_allclose(tiles(truth)[0, 1, 0, 0], 0.2)
+    # More labels than colours begin anew.
+    many = SegmentationDisplay(X, 7 * (masks > 0), background=None).plot(alpha=1.0)
+    np.testing.assert_allclose(tiles(many)[0, 1].reshape(-1, 3), np.tile(ORANGE, (32000, 1)))
+
+
+def test_matched_segments_take_the_colour_of_their_region(X, masks):
+    # The same regions under other numbers, and one that nothing is matched with.
+    named = np.array([4, 9, 0])[masks]
+    named[0, 7, :] = 6
+    display = SegmentationDisplay.from_predictions(X, masks, named, match=True)
+    drawn = tiles(display)
+    np.testing.assert_array_equal(drawn[:, 2], drawn[:, 1])
+    with pytest.raises(ValueError, match="match=True needs y_true"):
+        SegmentationDisplay(X, masks).plot(match=True)
+
+
+def test_every_kind_of_image_and_mask(X, masks):
+    expected = tiles(SegmentationDisplay.from_predictions(X, masks, masks))
+    floats = X.astype(np.float32) / 255
+    for images, more in (
+        (floats, {}),
+        (torch.from_numpy(floats).permute(0, 3, 1, 2), {}),
+        (X.reshape(2, -1), {"image_shape": (H, W, 3)}),
+        (list(X), {}),
+    ):
+        for kind in (np.asarray, torch.from_numpy, lambda y: y.reshape(2, -1), np.uint8):
+            display = SegmentationDisplay.from_predictions(images, kind(masks), kind(masks), **more)
+            np.testing.assert_allclose(tiles(display), expected, atol=1e-6)
+    grey = SegmentationDisplay(X[..., 0], masks > 0).plot()
+    assert headings(grey) == ["image", "prediction"]
+
+
+def test_from_estimator_and_given_axes(X, masks):
+    import matplotlib.pyplot as plt
+
+    display = SegmentationDisplay.from_estimator(Segmenter(masks), X, masks)
+    np.testing.assert_array_equal(tiles(display)[:, 1], tiles(display)[:, 2])
+    flat = SegmentationDisplay.from_estimator(Segmenter(masks), X.reshape(2, -1))
+    assert headings(flat) == ["image", "prediction"]
+    figure, ax = plt.subplots(figsize=(3, 2))
+    own = SegmentationDisplay(X, masks).plot(ax=ax)
+    assert own.ax_ is ax
+    assert figure.get_size_inches().tolist() == [3, 2]
+    with pytest.raises(ValueError, match="has no method 'predict'"):
+        SegmentationDisplay.from_estimator(object(), X)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y_pred": np.zeros((2, H, W - 1), int)}, r"y_pred must be of shape \(2, 8, 10\)"),
+        ({"y_pred": np.zeros((2, H, W))}, "y_pred must hold bool or int"),
+        ({"y_true": np.zeros((1, H, W), int)}, "y_true must be of shape"),
+        ({"labels": ["a"]}, "labels must name the 2 rows"),
+        ({"X": np.zeros((0, H, W, 3)), "y_pred": np.zeros((0, H, W), int)}, "no images"),
+    ],
+)
+def test_what_does_not_fit_is_refused(X, masks, change, message):
+    with pytest.raises(ValueError, match=message):
+        SegmentationDisplay(**{"X": X, "y_pred": masks, **change}).plot()
+    with pytest.raises(ValueError, match="alpha"):
+        SegmentationDisplay(X, masks).plot(alpha=2)

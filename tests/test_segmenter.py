@@ -1,0 +1,530 @@
+"""The segmenter: learning, both phases, whole images from tiles, masks of all kinds, checks."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.frozen import FrozenEstimator
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
+
+import diffaugkit
+from diffaugkit import EmbeddingConditionedDiffusion, load
+from diffaugkit.metrics import dice_score
+from diffaugkit.segmentation_data import (
+    IGNORED,
+    ImageList,
+    PatchRows,
+    erase_boxes,
+    swap_cells,
+    vary_pairs,
+)
+from diffaugkit.segmentation_networks import AttentionUNet, KeepBest, SegmentationNetwork
+from diffaugkit.segmentation_tiles import blending_window
+from diffaugkit.segmenter import DiffusionSegmenter
+from diffaugkit.training import isolated_rng
+
+pytest.importorskip("diffusers")
+
+
+def tiny(**more):
+    options = {
+        "block_out_channels": (8, 8),
+        "pretrain_epochs": 1,
+        "max_epochs": 1,
+        "batch_size": 16,
+        "n_timesteps": 20,
+        "patch_size": 8,
+        "stride": 8,
+        "random_state": 0,
+    }
+    return DiffusionSegmenter(**{**options, **more})
+
+
+def blobs(n, height=16, width=16, seed=0):
+    """Bright discs on a dark, noisy ground: images (n, H, W, 3) uint8, and where the discs are."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    masks = np.zeros((n, height, width), bool)
+    for mask in masks:
+        for _ in range(2):
+            cy, cx = rng.uniform(0, (height, width))
+            mask |= (y - cy) ** 2 + (x - cx) ** 2 < 20
+    X = rng.integers(0, 100, (n, height, width, 3)) + 110 * masks[..., None]
+    return X.astype(np.uint8), masks.astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return blobs(8)
+
+
+@pytest.fixture(scope="module")
+def fitted(data):
+    return tiny().fit(*data)
+
+
+@pytest.fixture(autouse=True)
+def known_name(monkeypatch):
+    monkeypatch.setitem(diffaugkit._HOMES, "DiffusionSegmenter", "segmenter")
+    monkeypatch.setattr(diffaugkit, "__all__", [*diffaugkit.__all__, "DiffusionSegmenter"])
+
+
+# ---- learning ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("denoiser", ["unet", "attention_unet"])
+def test_it_learns(denoiser):
+    X, masks = blobs(16)
+    model = tiny(denoiser=denoiser, max_epochs=12, learning_rate=5e-3, patch_size=16, batch_size=4)
+    model.fit(X[:12], masks[:12])
+    assert model.score(X[12:], masks[12:]) > 0.9
+    phases = model.history_["phase"].tolist()
+    assert phases == ["pretraining"] + ["finetuning"] * 12
+    assert {"ss", "focal", "validation_dice"} <= set(model.history_)
+    assert model.n_iter_ == 13
+
+
+@pytest.mark.parametrize("pretext", ["diffusion", "inpainting", "context_restoration"])
+def test_a_pretext_task_changes_the_start(data, pretext):
+    model = tiny(pretext=pretext).fit(*data)
+    assert np.isfinite(model.history_["loss"]).all()
+    plain = tiny(pretext=None).fit(*data)
+    np.testing.assert_array_equal(
+        tiny(diffusion=None).fit(*data).predict_proba(data[0]), plain.predict_proba(data[0])
+    )
+    assert not np.array_equal(model.predict_proba(data[0]), plain.predict_proba(data[0]))
+    assert set(plain.history_["phase"]) == {"finetuning"}
+
+
+def test_options_change_the_result(data, fitted):
+    before = fitted.predict_proba(data[0])
+    for more in (
+        {"loss": "cross_entropy"},
+        {"loss_weighting": "min_snr"},
+        {"augment": False},
+        {"focal_weight": 0.1},
+        {"stride": 6},
+    ):
+        assert not np.array_equal(tiny(**more).fit(*data).predict_proba(data[0]), before), more
+
+
+def test_unlabeled_images_are_pretrained_on(data, fitted):
+    X, masks = data
+    same = tiny().fit(X, masks, unlabeled=X)
+    np.testing.assert_array_equal(same.predict_proba(X), fitted.predict_proba(X))
+    pool = blobs(5, 12, 20, seed=1)[0]
+    other = tiny().fit(X, masks, unlabeled=list(pool))
+    assert not np.array_equal(other.predict_proba(X), fitted.predict_proba(X))
+    assert other.history_["loss"].iloc[0] != fitted.history_["loss"].iloc[0]
+
+
+def test_a_fitted_diffusion_gives_its_unet(data):
+    X, masks = data
+    generator = EmbeddingConditionedDiffusion(
+        None, block_out_channels=(8, 16), max_epochs=1, random_state=0, n_sampling_steps=2
+    )
+    inside = tiny(diffusion=generator).fit(X, masks)
+    assert not hasattr(generator, "module_")
+    assert inside.history_["phase"].tolist()[0] == "pretraining"
+    assert inside.diffusion_.sample(1).shape == (1, 8, 8, 3)
+    frozen = FrozenEstimator(clone(generator).fit(X))
+    weights = copy.deepcopy(frozen.module_.state_dict())
+    model = tiny(diffusion=frozen).fit(X, masks)
+    for name, weight in frozen.module_.state_dict().items():
+        assert torch.equal(weight, weights[name])
+    names = {name.removeprefix("denoiser.") for name in model.module_.state_dict()}
+    assert names == set(weights)
+    assert set(model.history_["phase"]) == {"finetuning"}
+    with pytest.raises(ValueError, match="channels"):
+        tiny(diffusion=frozen).fit(X[..., 0], masks)
+
+
+def test_only_the_last_layer_is_new():
+    with isolated_rng(0):
+        network = AttentionUNet(3, (8, 16))
+        before = copy.deepcopy(network.state_dict())
+        segmenter = SegmentationNetwork(network, 4)
+        images = torch.randn(2, 3, 9, 13)
+    after = segmenter.denoiser.state_dict()
+    changed = {
+        n for n in before if before[n].shape != after[n].shape or (before[n] != after[n]).any()
+    }
+    assert changed == {"conv_out.weight", "conv_out.bias"}
+    assert segmenter(images).shape == (2, 4, 9, 13)
+    with pytest.raises(TypeError, match="conv_out"):
+        SegmentationNetwork(torch.nn.ReLU(), 2)
+    with pytest.raises(ValueError, match="condition"):
+        network(images, torch.zeros(2), cond=torch.zeros(2, 1))
+
+
+def test_the_paper_s_network():
+    with isolated_rng(0):
+        network = AttentionUNet(3)
+        moved = torch.randn(1, 3, 16, 16)
+        torch.nn.init.normal_(network.conv_out.weight)
+        one, other = (network(moved, torch.tensor([t])) for t in (0, 900))
+    assert [level.first.conv1.out_channels for level in network.down] == [64, 128, 256, 512]
+    assert not torch.allclose(one, other)
+
+
+def test_groups_are_held_out_together(data):
+    X, masks = data
+    groups = np.repeat(["a", "b", "c", "d"], 2)
+    model = tiny(validation_fraction=0.25)
+    train, held = model._split(8, groups, 0)
+    assert len(held) == 2
+    assert set(groups[train]).isdisjoint(groups[held])
+    assert "validation_dice" in model.fit(X, masks, groups=groups).history_
+    assert "validation_dice" not in tiny(validation_fraction=0.0).fit(X, masks).history_
+    with pytest.raises(ValueError, match="groups"):
+        model.fit(X, masks, groups=groups[:3])
+
+
+def test_the_best_epoch_is_kept(data):
+    X, masks = data
+    model = tiny(max_epochs=4, validation_fraction=0.4, learning_rate=3e-3)
+    model.fit(X, masks)
+    dice = model.history_["validation_dice"].dropna().tolist()
+    best = int(np.argmax(dice))
+
+    def stop(epoch, history):
+        return epoch == best and "validation_dice" in history[-1]
+
+    kept = clone(model).set_params(callbacks=stop).fit(X, masks)
+    assert kept.history_["validation_dice"].dropna().tolist() == dice[: best + 1]
+    np.testing.assert_array_equal(kept.predict_proba(X), model.predict_proba(X))
+
+
+def test_keep_best():
+    with isolated_rng(0):
+        kept = KeepBest(torch.nn.Linear(2, 2))
+    first = kept.network.weight.detach().clone()
+    assert kept.offer(0.3)
+    torch.nn.init.zeros_(kept.network.weight)
+    assert not kept.offer(0.3)
+    assert not kept.offer(float("nan"))
+    assert torch.equal(kept.restore().weight, first)
+
+
+# ---- whole images --------------------------------------------------------------------------------
+
+
+def test_tiles_equal_patches_away_from_borders(fitted):
+    X, _ = blobs(1, 40, 37, seed=3)
+    whole = fitted.predict_proba(X)[0]
+    # Tiles start every 6 pixels, and 2 of 8 overlap on each side: the middle 4 are one tile's.
+    for top in (0, 12, 24):
+        for left in (0, 6, 18):
+            patch = fitted.predict_proba(X[:, top : top + 8, left : left + 8])[0]
+            middle = (slice(2, 6), slice(2, 6))
+            np.testing.assert_allclose(
+                whole[top : top + 8, left : left + 8][middle], patch[middle], atol=1e-6
+            )
+    np.testing.assert_allclose(whole.sum(axis=2), 1, atol=1e-5)
+    apart = clone(fitted).set_params(overlap=0.0)
+    vars(apart).update({k: v for k, v in vars(fitted).items() if k.endswith("_") or k[0] == "_"})
+    tiled = apart.predict_proba(X[:, :16, :16])[0]
+    patches = [X[:, a : a + 8, b : b + 8] for a in (0, 8) for b in (0, 8)]
+    alone = apart.predict_proba(np.concatenate(patches))
+    rows = [np.concatenate(alone[i : i + 2], axis=1) for i in (0, 2)]
+    np.testing.assert_allclose(tiled, np.concatenate(rows), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["hann", "linear"])
+def test_windows_sum_to_one(kind):
+    for stride in (6, 4):
+        window = blending_window((8, 1), (stride, 1), kind)
+        total = torch.zeros(8 + 3 * stride, 1)
+        for start in range(0, 4 * stride, stride):
+            total[start : start + 8] += window
+        middle = total[8 - stride : stride - 8]
+        torch.testing.assert_close(middle, torch.ones_like(middle))
+        assert window.min() > 0
+
+
+def test_any_size_and_container(fitted, tmp_path):
+    from PIL import Image
+
+    sizes = [(8, 8), (30, 9), (5, 21), (3, 2), (16, 16)]
+    images = [blobs(1, *size, seed=i)[0][0] for i, size in enumerate(sizes)]
+    together = fitted.predict_proba(images)
+    for image, found in zip(images, together, strict=True):
+        np.testing.assert_array_equal(fitted.predict_proba(image[None])[0], found)
+    labels = fitted.predict(images)
+    assert [found.shape for found in labels] == sizes
+    assert labels[0].dtype == fitted.classes_.dtype == np.uint8
+    paths = []
+    for number, image in enumerate(images):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(image).save(paths[-1])
+    for given in (
+        paths,
+        tmp_path,
+        np.array(paths, dtype=object),
+        [Image.open(path) for path in paths],
+    ):
+        for one, other in zip(labels, fitted.predict(given), strict=True):
+            np.testing.assert_array_equal(one, other)
+    tensor = torch.from_numpy(images[1]).permute(2, 0, 1)[None]
+    np.testing.assert_array_equal(fitted.predict(tensor)[0], labels[1])
+    as_floats = fitted.predict([image / 255 for image in images])
+    assert np.mean(as_floats[1] == labels[1]) > 0.98
+
+
+def test_a_strip_is_all_that_is_in_memory(fitted, tmp_path):
+    import tracemalloc
+
+    def peak(height):
+        path = tmp_path / f"{height}.npy"
+        np.lib.format.open_memmap(path, "w+", np.uint8, (1, height, 24, 3))[:] = 90
+        picture = np.load(path, mmap_mode="r")
+        images = fitted._read(picture, reset=False)
+        tracemalloc.start()
+        rows = sum(part.stop - part.start for _, part, _ in fitted._strips(images))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert rows == height
+        return most
+
+    peak(16)
+    assert peak(600) < 1.5 * peak(60) + 50_000
+
+
+def test_batch_independence(data, fitted):
+    X, _ = data
+    whole = fitted.predict_proba(X)
+    np.testing.assert_array_equal(whole[3:5], fitted.predict_proba(X[3:5]))
+    order = np.array([5, 0, 3])
+    np.testing.assert_array_equal(whole[order], fitted.predict_proba(X[order]))
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def test_labels_come_back_as_they_were(data):
+    X, masks = data
+    many = masks.astype(np.int32) * 40 - 7
+    many[:, :4, :4] = 500
+    model = tiny(max_epochs=2).fit(X, many)
+    assert model.classes_.tolist() == [-7, 33, 500]
+    assert model.predict_proba(X).shape == (8, 16, 16, 3)
+    found = model.predict(X)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, model.classes_[model.predict_proba(X).argmax(-1)])
+    truth = tiny().fit(X, masks.astype(bool))
+    assert truth.predict(X).dtype == bool
+    assert tiny().fit(X, masks.astype(float)).classes_.tolist() == [0, 1]
+
+
+def test_ignored_pixels_do_not_matter(data):
+    X, masks = data
+    masks = masks.copy()
+    masks[:, :, :5] = 99
+    model = tiny(ignore_label=99, validation_fraction=0.25).fit(X, masks)
+    assert model.classes_.tolist() == [0, 1]
+    assert set(np.unique(model.predict(X))) <= {0, 1}
+    inverted = np.where(masks == 99, 99, model.predict(X))
+    assert model.score(X, inverted) == 1.0
+
+
+def test_missing_classes(data):
+    X, masks = data
+    model = tiny(classes=[0, 1, 2]).fit(X, masks)
+    assert model.predict_proba(X).shape[-1] == 3
+    assert model.score(X, np.full_like(masks, 2)) >= 0
+    with pytest.raises(ValueError, match="label 3"):
+        model.score(X, np.full_like(masks, 3))
+    with pytest.raises(ValueError, match="one class"):
+        tiny().fit(X, np.zeros_like(masks))
+    first = tiny(classes=[1, 0]).fit(X, masks)
+    assert first.classes_.tolist() == [1, 0]
+    np.testing.assert_array_equal(
+        first.predict(X), np.array([1, 0])[first.predict_proba(X).argmax(-1)]
+    )
+
+
+def test_score_is_mean_dice(data, fitted):
+    X, masks = data
+    truth, found = masks.astype(int), fitted.predict(X).astype(int)
+    both = (truth * found).sum((1, 2))
+    either = truth.sum((1, 2)) + found.sum((1, 2))
+    expected = np.mean([2 * b / e for b, e in zip(both, either, strict=True) if e])
+    assert fitted.score(X, masks) == pytest.approx(expected)
+    theirs = dice_score(truth, found, per_image=True, zero_division=np.nan)
+    assert fitted.score(X, masks) == pytest.approx(theirs)
+
+
+def test_masks_from_files_and_of_several_sizes(tmp_path):
+    from PIL import Image
+
+    pairs = [blobs(1, *size, seed=i) for i, size in enumerate([(16, 12), (9, 20), (8, 8)])]
+    X, masks = [x[0] for x, _ in pairs], [mask[0] for _, mask in pairs]
+    masks[2][:] = 1
+    model = tiny().fit(X, masks)
+    files = []
+    for number, (image, mask) in enumerate(zip(X, masks, strict=True)):
+        files.append((tmp_path / f"{number}.png", tmp_path / f"{number}_mask.png"))
+        Image.fromarray(image).save(files[-1][0])
+        Image.fromarray(mask).save(files[-1][1])
+    paths, mask_paths = map(list, zip(*files, strict=True))
+    read = tiny().fit(paths, mask_paths)
+    for one, other in zip(model.predict_proba(X), read.predict_proba(paths), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert read.score(paths, mask_paths) == model.score(X, masks)
+    assert model.patch_shape_ == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda X, m: (X, m[:4]), "8 images, but masks has 4"),
+        (lambda X, m: (X, m[:, :3]), r"row 0 has shape \(3, 16\)"),
+        (lambda X, m: (X, m + 0.5), "fractions"),
+        (lambda X, m: (X, m * np.nan), "NaN"),
+        (lambda X, m: (X, None), "y is None"),
+        (lambda X, m: (X, m.astype(str)), "label type"),
+        (lambda X, m: (X.reshape(8, -1), m), "image_shape"),
+        (lambda X, m: ([*X[:7], X[7][..., :1]], m), "row 7 of X have 1 channels"),
+        (lambda X, m: (["nowhere.png"] * 8, m), "nowhere.png"),
+        (lambda X, m: ([*X[:7], X[7] / 300], m), "mixes"),
+    ],
+)
+def test_bad_input(data, change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny().fit(*change(*data))
+
+
+def test_bad_input_after_fit(data, fitted):
+    X, masks = data
+    with pytest.raises(ValueError, match="channels"):
+        fitted.predict(X[..., 0])
+    with pytest.raises(ValueError, match="0 to 255"):
+        fitted.predict(X.astype(np.float32))
+    with pytest.raises(ValueError, match="patch_size"):
+        tiny(patch_size=(8, 8, 8)).fit(X, masks)
+    vectors = EmbeddingConditionedDiffusion(None, max_epochs=1).fit(X.reshape(8, -1)[:, :9] / 255)
+    with pytest.raises(TypeError, match="pixels"):
+        tiny(diffusion=FrozenEstimator(vectors)).fit(X, masks)
+    before = vars(fitted).copy()
+    with pytest.raises(ValueError, match="masks"):
+        fitted.fit(X, masks[:2])
+    assert vars(fitted) == before
+
+
+# ---- patches and what is done to them ------------------------------------------------------------
+
+
+def test_patches_and_masks_stay_together():
+    from diffaugkit.image_rows import ImageRows
+
+    picture = np.arange(10 * 7, dtype=np.uint8).reshape(1, 10, 7)
+    images = ImageList([ImageRows(picture), ImageRows(picture[:, :3, :2])], [(0, 255)] * 2)
+    targets = [picture[0], picture[0, :3, :2]]
+    patches, truth = (PatchRows(part, [0, 1], (4, 4), (3, 3)) for part in (images, targets))
+    assert patches.shape == truth.shape == (7, 1, 4, 4)
+    torch.testing.assert_close(patches[:6], truth[:6])
+    np.testing.assert_array_equal(truth[6][0, :3, :2], targets[1])
+    assert (truth[6][0, 3:] == IGNORED).all()
+    assert patches[6][0].max() < 100  # mirrored
+
+
+def test_variations_move_images_with_masks():
+    mask = torch.arange(6 * 5 * 4).reshape(6, 1, 5, 4)
+    images = mask / 60 - 1
+    with isolated_rng(0):
+        moved, targets = vary_pairs(images, mask, color=False)
+        colored, also = vary_pairs(images, mask)
+    torch.testing.assert_close(moved, targets / 60 - 1)
+    assert not torch.equal(moved, images)
+    assert set(also.unique().tolist()) == set(mask.unique().tolist())
+    assert colored.min() >= -1
+    assert colored.max() <= 1
+    with isolated_rng(0):
+        flat, _ = vary_pairs(torch.zeros(200, 1, 3, 3), torch.zeros(200, 1, 3, 3))
+    share = (flat[:, 0, 0, 0].abs() > 1e-6).float().mean()
+    assert 0.15 < share < 0.45
+    torch.testing.assert_close(flat.amax((2, 3)), flat.amin((2, 3)))  # a blur of nothing
+
+
+def test_pretext_tasks():
+    with isolated_rng(0):
+        images = torch.randn(20, 3, 32, 24)
+        erased, holes = erase_boxes(images)
+        swapped = swap_cells(images)
+        tiny_image = swap_cells(torch.randn(1, 1, 1, 1))
+    assert ((erased == images) | holes).all()
+    assert 0.05 < holes.float().mean() < 0.25
+    assert tiny_image.shape == (1, 1, 1, 1)
+    torch.testing.assert_close(swapped.flatten(1).sort().values, images.flatten(1).sort().values)
+    moved = (swapped != images).any(dim=1).float().mean()
+    assert moved == pytest.approx(0.25, abs=0.03)
+
+
+# ---- scikit-learn, copies, resume ----------------------------------------------------------------
+
+PIXELS = tiny(image_shape=(1, 1, -1), batch_size=32, patch_size="auto")
+
+
+def expected_failures(estimator):
+    return {"check_fit_score_takes_y": "the second argument of fit is called masks"}
+
+
+@parametrize_with_checks([PIXELS], expected_failed_checks=expected_failures)
+def test_check_estimator(estimator, check):
+    check(estimator)
+
+
+def test_check_parameters():
+    check_param_validation("DiffusionSegmenter", tiny())
+
+
+def test_composition(data):
+    X, masks = data
+    assert cross_val_score(tiny(), X, masks, cv=2).shape == (2,)
+    search = GridSearchCV(tiny(pretext=None), {"loss": ["focal", "ss"]}, cv=2).fit(X, masks)
+    assert search.best_estimator_.predict(X).shape == masks.shape
+    flat = tiny(image_shape=(16, 16, 3)).fit(X.reshape(8, -1), masks.reshape(8, -1))
+    assert flat.predict(X.reshape(8, -1)).shape == (8, 256)
+    assert flat.predict_proba(X.reshape(8, -1)).shape == (8, 256, 2)
+
+
+def test_a_refit_is_equal_and_copies_too(data, fitted, tmp_path):
+    X, masks = data
+    expected = fitted.predict_proba(X)
+    np.testing.assert_array_equal(tiny().fit(X, masks).predict_proba(X), expected)
+    np.testing.assert_array_equal(
+        pickle.load(io.BytesIO(pickle.dumps(fitted))).predict_proba(X), expected
+    )
+    fitted.save(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.predict_proba(X), expected)
+    assert loaded.score(X, masks) == fitted.score(X, masks)
+    generator = EmbeddingConditionedDiffusion(None, block_out_channels=(8, 16), max_epochs=1)
+    given = tiny(diffusion=generator).fit(X, masks)
+    given.save(tmp_path / "given")
+    np.testing.assert_array_equal(load(tmp_path / "given").predict_proba(X), given.predict_proba(X))
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+def test_a_killed_fit_goes_on(data, tmp_path, phase):
+    X, masks = data
+    options = {"pretrain_epochs": 3, "max_epochs": 3, "validation_fraction": 0.3}
+    whole = tiny(**options).fit(X, masks)
+    calls = []
+
+    def die(epoch, history):
+        calls.append(epoch)
+        if len(calls) == 2 + 3 * phase:
+            raise KeyboardInterrupt
+
+    broken = tiny(**options, checkpoint_dir=tmp_path, callbacks=die)
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit(X, masks)
+    resumed = tiny(**options, checkpoint_dir=tmp_path).fit(X, masks)
+    np.testing.assert_array_equal(resumed.predict_proba(X), whole.predict_proba(X))
+    assert resumed.history_.equals(whole.history_)

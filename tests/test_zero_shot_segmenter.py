@@ -1,0 +1,391 @@
+"""Zero-shot segmentation: merging against slow versions, known blocks, contracts."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
+from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
+
+import diffaugkit
+from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder, load
+from diffaugkit.metrics import matched_dice, matched_iou
+from diffaugkit.zero_shot_segmenter import (
+    ZeroShotSegmenter,
+    aggregate_attention,
+    anchor_positions,
+    merge_attention,
+    symmetric_divergence,
+)
+
+
+def tiny_diffusion(**more):
+    options = {"block_out_channels": (8, 8), "n_attention_levels": 2, "max_epochs": 1}
+    return EmbeddingConditionedDiffusion(None, **{**options, "random_state": 0, **more})
+
+
+def tiny(diffusion=None, **more):
+    diffusion = tiny_diffusion() if diffusion is None else diffusion
+    return ZeroShotSegmenter(diffusion, **{"n_anchors": 4, "random_state": 0, **more})
+
+
+@pytest.fixture(scope="module")
+def X():
+    """Two flat halves, or quarters, of random grey, and some noise."""
+    rng = np.random.default_rng(0)
+    X = np.repeat(np.repeat(rng.integers(30, 220, size=(24, 2, 2, 1)), 6, axis=1), 5, axis=2)
+    return (X + rng.integers(-9, 10, size=X.shape)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def diffusion(X):
+    return FrozenEstimator(tiny_diffusion().fit(X))
+
+
+@pytest.fixture(scope="module")
+def fitted(X, diffusion):
+    return tiny(diffusion).fit(X)
+
+
+def random_maps(n, seed=0, peak=1.0):
+    rng = np.random.default_rng(seed)
+    maps = np.exp(peak * rng.normal(size=(n, n)))
+    return maps / maps.sum(axis=1, keepdims=True)
+
+
+# ---- the merging against a slow version of the paper's description -------------------------------
+
+
+def slow_divergence(p, q):
+    return 0.5 * np.sum(p * np.log(p / q)) + 0.5 * np.sum(q * np.log(q / p))
+
+
+def slow_merge(attention, threshold, anchors, n_iterations):
+    """Iterative attention merging, one pair at a time, in float64."""
+    proposals = []
+    for anchor in anchors:
+        near = [a for a in attention if slow_divergence(attention[anchor], a) < threshold]
+        proposals.append(np.mean(near, axis=0))
+    for _ in range(n_iterations - 1):
+        new, matched = [], set()
+        for i, proposal in enumerate(proposals):
+            if i in matched:
+                continue
+            near = [
+                j
+                for j, other in enumerate(proposals)
+                if slow_divergence(proposal, other) < threshold
+            ]
+            matched |= set(near)
+            new.append(np.mean([proposals[j] for j in near], axis=0))
+        proposals = new
+    return np.array(proposals)
+
+
+@pytest.mark.parametrize("n_iterations", [1, 2, 3, 5])
+@pytest.mark.parametrize("threshold", [0.05, 0.15, 0.35, 1.0, 50.0])
+def test_merging_is_that_of_the_slow_version(threshold, n_iterations):
+    for seed in range(3):
+        attention = random_maps(36, seed=seed, peak=0.6)
+        anchors = anchor_positions((6, 6), 4)
+        expected = slow_merge(attention, threshold, anchors.tolist(), n_iterations)
+        ours = merge_attention(
+            torch.from_numpy(attention).float(), threshold, anchors, n_iterations
+        )
+        assert ours.shape == expected.shape
+        np.testing.assert_allclose(ours.numpy(), expected, atol=1e-6)
+        np.testing.assert_allclose(ours.sum(dim=1).numpy(), 1.0, atol=1e-5)
+
+
+def test_the_divergence_by_two_products():
+    p, q = random_maps(30)[:7], random_maps(30, seed=1)
+    expected = [[slow_divergence(a, b) for b in q] for a in p]
+    ours = symmetric_divergence(*(torch.from_numpy(x).float() for x in (p, q)))
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-4)
+    # More rows than one chunk, and zeros, of which no logarithm is.
+    many = torch.eye(4).repeat(300, 1)
+    found = symmetric_divergence(many[:4], many)
+    assert found.shape == (4, 1200)
+    assert torch.isfinite(found).all()
+    assert (found[0, ::4] == 0).all()
+    assert (found[0, 1::4] > 20).all()
+
+
+def slow_aggregate(maps, strides, shape):
+    """Every entry of every map, one at a time: bilinear where it looks, nearest who looks."""
+    total = np.zeros((*shape, *shape))
+    for size, found in maps.items():
+        factor = strides[size] // strides[shape]
+        found = found.reshape(*size, *size)
+        large = np.zeros((*size, *shape))
+        for i in range(shape[0]):
+            for j in range(shape[1]):
+                y, x = ((k + 0.5) / factor - 0.5 for k in (i, j))
+                y, x = (min(max(v, 0), n - 1) for v, n in zip((y, x), size, strict=True))
+                top, left = int(y), int(x)
+                low, right = min(top + 1, size[0] - 1), min(left + 1, size[1] - 1)
+                a, b = y - top, x - left
+                large[:, :, i, j] = (
+                    (1 - a) * (1 - b) * found[:, :, top, left]
+                    + (1 - a) * b * found[:, :, top, right]
+                    + a * (1 - b) * found[:, :, low, left]
+                    + a * b * found[:, :, low, right]
+                )
+        large /= large.sum(axis=(2, 3), keepdims=True)
+        for i in range(shape[0]):
+            for j in range(shape[1]):
+                total[i, j] += np.sqrt(np.prod(size)) * large[i // factor, j // factor]
+    total /= sum(np.sqrt(np.prod(size)) for size in maps)
+    return total.reshape(np.prod(shape), -1)
+
+
+def test_aggregation_against_a_loop_over_all_entries():
+    # 13 x 10 pixels: the last row of the coarser grids reaches beyond the finest.
+    strides = {(7, 5): 2, (4, 3): 4, (2, 2): 8}
+    maps = {size: random_maps(size[0] * size[1], seed=size[0]) for size in strides}
+    tensors = {size: torch.from_numpy(found) for size, found in maps.items()}
+    ours = aggregate_attention(tensors, strides, (7, 5))
+    assert ours.dtype == torch.float32
+    np.testing.assert_allclose(ours.numpy(), slow_aggregate(maps, strides, (7, 5)), atol=1e-6)
+    np.testing.assert_allclose(ours.sum(dim=1).numpy(), 1.0, atol=1e-5)
+
+
+def test_aggregation_on_a_coarser_grid_averages():
+    strides = {(4, 4): 1, (2, 2): 2}
+    fine = random_maps(16)
+    blocks = fine.reshape(2, 2, 2, 2, 2, 2, 2, 2)  # (rows, 2, columns, 2) twice
+    coarse = blocks.sum(axis=(5, 7)).mean(axis=(1, 3)).reshape(4, 4)
+    maps = {(4, 4): torch.from_numpy(fine), (2, 2): torch.eye(4)}
+    ours = aggregate_attention(maps, strides, (2, 2))
+    np.testing.assert_allclose(ours.numpy(), (4 * coarse + 2 * np.eye(4)) / 6, atol=1e-6)
+
+
+def test_anchors_form_an_even_grid():
+    assert anchor_positions((64, 64), 16)[:3].tolist() == [2 * 64 + 2, 2 * 64 + 6, 2 * 64 + 10]
+    assert anchor_positions((2, 3), 16).tolist() == list(range(6))
+    assert anchor_positions((5, 5), 1).tolist() == [12]
+
+
+# ---- attention of a known structure --------------------------------------------------------------
+
+
+class Attending:
+    """Stands in for the U-Net's attention: positions of a region look at that region alone."""
+
+    def __init__(self, regions):
+        self.regions = regions
+
+    def __call__(self, X, *, t="auto", conditional=False):
+        self.asked = t, conditional
+        maps = {}
+        for step in (1, 2):
+            part = self.regions[::step, ::step]
+            same = (part.ravel()[:, None] == part.ravel()).astype(np.float32)
+            same += 1e-4
+            maps[part.shape] = (same / same.sum(axis=1, keepdims=True))[None]
+        return maps
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_blocks_come_out_exactly(X, monkeypatch, refine):
+    regions = np.zeros((12, 10), int)
+    regions[2:8, 2:6] = 1
+    regions[8:, 6:] = 2
+    model = tiny_diffusion().fit(X)
+    attending = Attending(regions)
+    monkeypatch.setattr(model, "attention_maps", attending, raising=False)
+    segmenter = tiny(
+        FrozenEstimator(model), merge_threshold=1.0, n_anchors=16, refine=refine, timestep=40
+    ).fit(X)
+    masks = segmenter.predict(X[:2])
+    np.testing.assert_array_equal(masks, np.stack([regions, regions]))
+    assert attending.asked == (40, False)
+    assert segmenter.score(X[:2], np.stack([regions, regions])) == 1.0
+    segmenter.set_params(conditional=True).predict(X[:1])
+    assert attending.asked == (40, True)
+    # One anchor sees its own region only: a segment of everything.
+    assert (tiny(FrozenEstimator(model), n_anchors=1).fit(X).predict(X[:1]) == 0).all()
+    # A high threshold merges all, a low one leaves each its own; the numbers go by size.
+    high = clone(segmenter).set_params(merge_threshold=100.0).fit(X)
+    assert (high.predict(X[:1]) == 0).all()
+    sizes = np.bincount(masks[0].ravel())
+    assert (np.diff(sizes) <= 0).all()
+
+
+# ---- the estimator -------------------------------------------------------------------------------
+
+
+def test_fit_predict_score(X, fitted):
+    masks = fitted.predict(X)
+    assert masks.shape == (24, 12, 10)
+    assert masks.dtype == np.int32
+    for mask in masks:
+        sizes = np.bincount(mask.ravel())
+        assert (sizes > 0).all()
+        assert (np.diff(sizes) <= 0).all()
+    truth = (X[..., 0] > 120).astype(int)
+    assert fitted.score(X, truth) == matched_dice(truth, masks)
+    assert fitted.score(X, truth, metric="iou", labels=[0, 1]) == matched_iou(
+        truth, masks, labels=[0, 1]
+    )
+    assert fitted.score(X, truth.reshape(24, -1)) == matched_dice(truth, masks)
+    labels = np.arange(24) % 2
+    whole = np.broadcast_to(labels[:, None, None], masks.shape)
+    assert fitted.score(X, labels) == matched_dice(whole, masks)
+    assert fitted.timestep_ == 300
+    assert 0 < fitted.merge_threshold_ < 10
+    assert tiny(fitted.diffusion_, merge_threshold=0.3).fit(X[:1]).merge_threshold_ == 0.3
+    with pytest.raises(ValueError, match="metric must be"):
+        fitted.score(X, truth, metric="auc")
+
+
+def test_the_diffusion_is_fitted_unless_it_is_frozen(X, diffusion, fitted):
+    assert fitted.diffusion_ is diffusion
+    assert fitted.n_iter_ == 0
+    own = tiny(max_epochs=1).fit(X)
+    assert own.n_iter_ == len(own.history_) == 1
+    again = tiny(max_epochs=1).fit(X)
+    np.testing.assert_array_equal(own.predict(X), again.predict(X))
+    assert own.merge_threshold_ == again.merge_threshold_
+    auto = ZeroShotSegmenter(max_epochs=1, n_anchors=2, random_state=0).fit(X)
+    assert auto.diffusion_.encoder_ is None
+    # Every resolution of at most 32 x 32 attends.
+    assert len(auto.diffusion_.attention_maps(X[:1])) == 2
+
+
+def test_the_threshold_is_the_quantile_over_pairs_of_anchors(X, diffusion):
+    model = diffusion.estimator
+    strides = {(12, 10): 1, (6, 5): 2}
+    distances = []
+    maps = [model.attention_maps(X[i : i + 1]) for i in range(len(X))]
+    for found in maps:
+        found = {size: torch.from_numpy(part[0]) for size, part in found.items()}
+        attention = aggregate_attention(found, strides, (12, 10)).numpy().astype(float)
+        anchors = attention[anchor_positions((12, 10), 3).numpy()]
+        distances += [slow_divergence(anchors[i], anchors[j]) for i in range(9) for j in range(i)]
+    for quantile in (0.2, 0.5):
+        found = tiny(diffusion, n_anchors=3, quantile=quantile).fit(X).merge_threshold_
+        assert found == pytest.approx(np.quantile(distances, quantile), rel=0.02, abs=1e-6)
+
+
+def test_an_image_does_not_depend_on_those_around_it(X, fitted):
+    whole = fitted.predict(X)
+    for part in (slice(0, 1), slice(5, 19), [3, 3, 1], np.arange(24)[::-1]):
+        np.testing.assert_array_equal(fitted.predict(X[part]), whole[part])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).predict(X), whole)
+
+
+def test_parameters_reach_the_model(X, diffusion):
+    coarse = tiny(diffusion, resolution=(6, 5)).fit(X)
+    assert coarse.predict(X[:2]).shape == (2, 12, 10)
+    assert tiny(diffusion, timestep=700, merge_threshold=0.3).fit(X).timestep_ == 700
+    with pytest.raises(ValueError, match=r"resolution=\(3, 3\) is none of .*\(6, 5\), \(12, 10\)"):
+        tiny(diffusion, resolution=(3, 3), merge_threshold=0.3).fit(X)
+    with pytest.raises(ValueError, match=r"timestep=1000 must be below"):
+        tiny(diffusion, timestep=1000).fit(X)
+    with pytest.raises(ValueError, match=r"timestep=1000 must be below"):
+        tiny(timestep=1000).fit(X)
+    with pytest.raises(ValueError, match="unconditional"):
+        tiny(diffusion, conditional=True).fit(X)
+
+
+def test_images_of_any_kind_and_flattened(X, fitted, diffusion):
+    expected = fitted.predict(X)
+    np.testing.assert_array_equal(fitted.predict(torch.from_numpy(X[..., 0])[:, None]), expected)
+    np.testing.assert_array_equal(fitted.predict(list(X)), expected)
+    flat = tiny(diffusion, image_shape=(12, 10, 1)).fit(X.reshape(24, -1))
+    np.testing.assert_array_equal(flat.predict(X.reshape(24, -1)), expected)
+    assert fitted.set_params().fit(X[:1]).predict(X[:1]).shape == (1, 12, 10)
+
+
+def test_conditions_and_latents(X):
+    model = EmbeddingConditionedDiffusion(
+        FrozenEstimator(Mean().fit(X)), block_out_channels=(8, 8), max_epochs=1, random_state=0
+    ).fit(X)
+    own = tiny(FrozenEstimator(model), conditional=True).fit(X)
+    assert own.predict(X[:3]).shape == (3, 12, 10)
+    autoencoder = LatentAutoencoder(
+        downsampling=4, block_out_channels=(8, 8, 8), max_epochs=1, random_state=0
+    )
+    latent = tiny(tiny_diffusion(autoencoder=autoencoder), n_anchors=2).fit(X)
+    assert latent.predict(X[:3]).shape == (3, 12, 10)
+
+
+class Mean(TransformerMixin, BaseEstimator):
+    """Three numbers of an image, for a condition."""
+
+    def fit(self, X, y=None):
+        self.is_fitted_ = True
+        return self
+
+    def transform(self, X):
+        pixels = np.asarray(X, dtype=np.float32).reshape(len(X), -1)
+        return np.stack([pixels.mean(1), pixels.std(1), pixels[:, 0]], axis=1)
+
+
+def test_save_and_load(X, fitted, tmp_path, monkeypatch):
+    if "ZeroShotSegmenter" not in diffaugkit._HOMES:
+        monkeypatch.setitem(diffaugkit._HOMES, "ZeroShotSegmenter", "zero_shot_segmenter")
+        monkeypatch.setattr(diffaugkit, "__all__", [*diffaugkit.__all__, "ZeroShotSegmenter"])
+    for model in (fitted, tiny(max_epochs=1).fit(X)):
+        folder = tmp_path / str(model.n_iter_)
+        model.save(folder)
+        loaded = load(folder)
+        np.testing.assert_array_equal(loaded.predict(X), model.predict(X))
+        assert loaded.merge_threshold_ == model.merge_threshold_
+
+
+def test_a_killed_fit_goes_on(X, tmp_path):
+    whole = tiny(tiny_diffusion(max_epochs=3)).fit(X)
+
+    def die(epoch, history):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    killed = tiny(tiny_diffusion(max_epochs=3), checkpoint_dir=tmp_path, callbacks=die)
+    with pytest.raises(KeyboardInterrupt):
+        killed.fit(X)
+    assert not hasattr(killed, "diffusion_")
+    resumed = tiny(tiny_diffusion(max_epochs=3), checkpoint_dir=tmp_path).fit(X)
+    assert resumed.merge_threshold_ == whole.merge_threshold_
+    np.testing.assert_array_equal(resumed.predict(X), whole.predict(X))
+
+
+def test_bad_input_is_refused_and_leaves_the_fit(X, diffusion, fitted):
+    with pytest.raises(NotFittedError):
+        tiny().predict(X)
+    with pytest.raises(NotFittedError):
+        tiny().score(X, X[..., 0])
+    with pytest.raises(NotFittedError):
+        tiny(FrozenEstimator(tiny_diffusion())).fit(X)
+    with pytest.raises(ValueError, match="takes images"):
+        tiny().fit(np.random.default_rng(0).normal(size=(20, 5)))
+    with pytest.raises(ValueError, match=r"was fitted on \(12, 10, 1\)"):
+        fitted.predict(X[:, :8])
+    with pytest.raises(ValueError, match=r"the diffusion was fitted on \(12, 10, 1\)"):
+        tiny(diffusion).fit(X[:, :8])
+    vectors = EmbeddingConditionedDiffusion(None, width=8, n_blocks=1, max_epochs=1)
+    vectors.fit(np.random.default_rng(0).normal(size=(20, 5)))
+    with pytest.raises(TypeError, match="no U-Net"):
+        tiny(FrozenEstimator(vectors)).fit(X)
+    again = clone(fitted).fit(X)
+    before = again.predict(X[:3])
+    with pytest.raises(ValueError, match="NaN"):
+        again.fit(np.full((4, 12, 10, 1), np.nan, np.float32))
+    np.testing.assert_array_equal(again.predict(X[:3]), before)
+
+
+FLAT = {"image_shape": (1, -1, 1)}
+NO_MASKS = {"check_fit_score_takes_y": "score compares masks; the check hands one number per image"}
+
+
+@parametrize_with_checks([tiny(tiny_diffusion(**FLAT), n_anchors=2, **FLAT)])
+def test_check_estimator(estimator, check):
+    check(estimator)
+
+
+def test_check_estimator_parameters():
+    check_param_validation("ZeroShotSegmenter", tiny())
