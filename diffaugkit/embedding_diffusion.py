@@ -747,6 +747,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
                     desc="sampling",
                     unit="step",
                     disable=not self.verbose,
+                    leave=False,
                 )
             )
             if is_image and resolve_precision(self.precision, device, module) == "bf16":
