@@ -60,7 +60,11 @@ def guess_range(images: np.ndarray) -> tuple[float, float]:
     """
     if images.dtype == np.uint8:
         return 0.0, 255.0
-    low, high = float(images.min()), float(images.max())
+    return standard_range(float(images.min()), float(images.max()))
+
+
+def standard_range(low: float, high: float) -> tuple[float, float]:
+    """Return (0, 1) or (-1, 1) if the least and the largest value lie in it, else the two."""
     for known in ((0.0, 1.0), (-1.0, 1.0)):
         if known[0] <= low and high <= known[1]:
             return known

@@ -15,15 +15,12 @@ full synthetic ``replace_real=True``
 =============  ===================================================
 """
 
-import os
 import warnings
 from numbers import Integral, Real
-from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.base import OneToOneFeatureMixin, clone
-from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 from sklearn.neighbors import NearestNeighbors
@@ -40,7 +37,7 @@ from diffaugkit.base import (
 )
 from diffaugkit.data import check_X
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, interpolate_rows
-from diffaugkit.image_rows import ImageRows, to_unit
+from diffaugkit.image_rows import ImageRows
 from diffaugkit.metrics import NEAR_COPY, QualityReport, quality_report
 from diffaugkit.resampling import (
     SharedLabelPairs,
@@ -52,6 +49,7 @@ from diffaugkit.resampling import (
     take_like,
 )
 from diffaugkit.rows import DenseRows
+from diffaugkit.spaces import CopySpace
 from diffaugkit.training import mix_seed
 
 # Samples that the quality report looks at: its cost grows with their square.
@@ -395,13 +393,10 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
             diffusion = EmbeddingConditionedDiffusion(**given)
         else:
             diffusion = clone(self.diffusion)
-        _check_generator(diffusion)
-        names = ("device", "precision", "compile", "verbose", "callbacks")
-        folder = self.checkpoint_dir
-        return diffusion.set_params(
+        return self._hand_over(
+            _check_generator(diffusion),
             random_state=self._child_seed(seed, 0),
-            checkpoint_dir=None if folder is None else str(Path(os.fspath(folder)) / "diffusion"),
-            **{name: getattr(self, name) for name in names},
+            checkpoint_dir=self._folder("diffusion"),
         )
 
     def _generator(self):
@@ -612,9 +607,8 @@ def _check_generator(diffusion):
 class _Views:
     """Samples in the two spaces of the checks: `spots`, the data's own, and `features`, of labels.
 
-    Spots are the compact space of vectors, or 50 principal components of pixels: two images may
-    have the embedding in common and still be no copies. Features are the embedding of the model's
-    own encoder, or spots where there is none.
+    Spots are coordinates in :class:`~diffaugkit.spaces.CopySpace`. Features are the embedding of
+    the model's own encoder, or spots where there is none.
     """
 
     def __init__(self, generator, rows):
@@ -622,13 +616,8 @@ class _Views:
         self.embeddings = None
         if generator._condition is not None:
             self.embeddings = np.asarray(generator._embed(rows), dtype=np.float32)
-        if rows.is_image:
-            some = np.linspace(0, len(rows) - 1, min(len(rows), _PIXEL_ROWS)).astype(int)
-            pixels = to_unit(rows[some], rows.pixel_range).flatten(1).numpy()
-            self.pcs = PCA(min(50, *pixels.shape), random_state=0).fit(pixels)
-            self.spots = self._pixel_scores(rows)
-        else:
-            self.spots = self._scores(generator._latents(rows))
+        self.space = CopySpace(rows, generator._space_of(), _PIXEL_ROWS)
+        self.spots = self.space.of(rows)
         flat = self.embeddings
         self.features = self.spots if flat is None else flat.reshape(len(flat), -1)
 
@@ -648,9 +637,9 @@ class _Views:
         made = space.output(space.decode(latents))
         if self.rows.is_image:
             again = generator._image_rows(made)
-            spots = self._pixel_scores(again)
+            spots = self.space.of(again)
         else:
-            again, spots = DenseRows(made), self._scores(latents)
+            again, spots = DenseRows(made), self.space.of_latents(latents)
         if cond is None:
             return made, spots, spots
         return made, spots, np.asarray(generator._embed(again)).reshape(len(made), -1)
@@ -660,15 +649,6 @@ class _Views:
         space = self.generator._space_of()
         made = space.output(space.decode(torch.zeros(1, *space.shape)))
         return made[:0], self.spots[:0], self.features[:0]
-
-    def _pixel_scores(self, rows):
-        parts = (to_unit(rows[part], rows.pixel_range).flatten(1) for part in rows.slices(1024))
-        return np.concatenate([self.pcs.transform(part.numpy()) for part in parts])
-
-    def _scores(self, latents):
-        if hasattr(latents, "blocks"):
-            latents = np.concatenate([block for _, block in latents.blocks()])
-        return np.asarray(latents, dtype=np.float64) * self.generator._space["std"]
 
 
 class _Judge:

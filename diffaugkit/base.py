@@ -8,6 +8,7 @@ import functools
 import os
 import secrets
 from numbers import Integral, Real
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -146,6 +147,18 @@ class TorchEstimator(BaseEstimator):
     def _child_seed(seed, number):
         """Seed of part `number` of a fit, in 0 to 2**32 - 1: fit for a ``random_state``."""
         return mix_seed(seed, _CHILD, number) % 2**32
+
+    def _folder(self, name):
+        """Folder of a part or a phase below `checkpoint_dir`; None without one."""
+        folder = self.checkpoint_dir
+        return None if folder is None else str(Path(os.fspath(folder)) / name)
+
+    def _hand_over(self, part, **more):
+        """Give a part the common parameters of this estimator, and check those of the part now."""
+        names = ("device", "precision", "compile", "verbose", "callbacks")
+        part.set_params(**{name: getattr(self, name) for name in names}, **more)
+        part._validate_params()  # before any work, and not after the parts in front of it
+        return part
 
     def _fit_loop(self, module, loss_fn, batches, *, seed, **options):
         """Run :func:`~diffaugkit.training.fit_loop` with the common parameters of this estimator.

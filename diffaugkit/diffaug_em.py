@@ -16,9 +16,7 @@ lambda       ``augmentation_prob``
 ===========  ======================================
 """
 
-import os
 from numbers import Integral, Real
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -349,12 +347,7 @@ class DiffAugEM(TorchTransformer):
                 f"{type(part).__name__} cannot be trained by turns: give a {default.__name__}, or "
                 "FrozenEstimator(...) of a fitted estimator."
             )
-        common = ("device", "precision", "compile", "verbose", "callbacks")
-        part = clone(part).set_params(
-            random_state=self._child_seed(seed, number), **{k: getattr(self, k) for k in common}
-        )
-        part._validate_params()  # now, and not after the phases before its own
-        return part
+        return self._hand_over(clone(part), random_state=self._child_seed(seed, number))
 
     def _check_frozen(self, encoder, diffusion):
         frozen = [isinstance(part, FrozenEstimator) for part in (encoder, diffusion)]
@@ -386,10 +379,7 @@ class DiffAugEM(TorchTransformer):
     def _set_phase(self, part, phase, number, n_phases, epochs, warm=None):
         if isinstance(part, FrozenEstimator):
             return
-        folder = None
-        if self.checkpoint_dir is not None:
-            name = f"{number}-{phase}-{type(part).__name__}"
-            folder = str(Path(os.fspath(self.checkpoint_dir)) / name)
+        folder = self._folder(f"{number}-{phase}-{type(part).__name__}")
         part.set_params(max_epochs=int(epochs), checkpoint_dir=folder)
         if warm is not None:
             part.set_params(warm_start=warm)

@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.base import clone
-from sklearn.decomposition import PCA
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils import check_array
 from sklearn.utils.validation import check_is_fitted
@@ -55,7 +54,7 @@ from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
 from diffaugkit.image_rows import ImageRows, from_unit, to_unit
 from diffaugkit.metrics import quality_report
 from diffaugkit.rows import DenseRows, MappedRows
-from diffaugkit.spaces import ComponentSpace, LatentSpace, PixelSpace, space_from_state
+from diffaugkit.spaces import ComponentSpace, CopySpace, LatentSpace, PixelSpace, space_from_state
 from diffaugkit.training import (
     isolated_rng,
     make_batches,
@@ -549,11 +548,8 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
 
     def _make_encoder(self, seed):
         if self.encoder == "auto":
-            names = ("device", "precision", "verbose", "layer")
-            common = {name: getattr(self, name) for name in names}
-            encoder = SelfSupervisedEncoder(**common)
-            if "image_shape" in encoder.get_params(deep=False):
-                encoder.set_params(image_shape=self.image_shape)
+            names = ("device", "precision", "verbose", "layer", "image_shape")
+            encoder = SelfSupervisedEncoder(**{name: getattr(self, name) for name in names})
         else:
             encoder = clone(self.encoder)
         frozen = isinstance(encoder, FrozenEstimator)
@@ -611,9 +607,8 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         if self.encoder_ is not None:
             features = [self._embed(part) for part in (generated, rows)]
         else:
-            pixels = [_flat_pixels(part) for part in (generated, rows)]
-            pcs = PCA(min(50, *pixels[1].shape), random_state=0).fit(pixels[1])
-            features = [pcs.transform(part) for part in pixels]
+            pixels = CopySpace(rows, space, len(rows))
+            features = [pixels.of(part) for part in (generated, rows)]
         return quality_report(
             features[0],
             np.arange(len(rows)),
@@ -862,10 +857,6 @@ def _as_given(encoder, rows):
 def _channels_last(module):
     if isinstance(module, UNetDenoiser):
         module.to(memory_format=torch.channels_last)
-
-
-def _flat_pixels(rows):
-    return to_unit(rows[:], rows.pixel_range).flatten(1).numpy()
 
 
 def _mean_maps(found, multiple, shape):

@@ -40,7 +40,6 @@ from diffaugkit.encoder_fits import (
     auto_epochs,
     auto_queue,
     has_map,
-    is_image,
     linear_space,
     project_rows,
 )
@@ -438,7 +437,7 @@ class SelfSupervisedEncoder(TorchTransformer):
         """
         self._check_options()
         rows = self._check_fit_input(X)
-        images = is_image(rows)
+        images = rows.is_image
         state = self._prepare(
             rows, positives, interpolations=interpolations, groups=groups, seed=self._seed()
         )
@@ -585,7 +584,7 @@ class SelfSupervisedEncoder(TorchTransformer):
 
     def _prepare(self, rows, positives, *, interpolations=None, groups=None, seed):
         """Everything a loop needs; nothing of it is kept on the estimator before the loop ends."""
-        kind = _ImageFit if is_image(rows) else _Fit
+        kind = _ImageFit if rows.is_image else _Fit
         return kind(self, rows, positives, interpolations, groups, seed)
 
     def _set_fitted(self, state, module, history):

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.utils.validation import column_or_1d
+from sklearn.utils.validation import check_consistent_length, column_or_1d
 
 from diffaugkit.augmentations import (
     ImageViews,
@@ -24,7 +24,7 @@ from diffaugkit.decomposition import PrincipalComponents, principal_components
 from diffaugkit.image_rows import to_unit
 from diffaugkit.networks import patch_size
 from diffaugkit.rows import DenseRows, MappedRows
-from diffaugkit.training import isolated_rng, make_batches
+from diffaugkit.training import isolated_rng, make_batches, take
 
 __all__ = ["ImageFit", "VectorFit", "auto_epochs", "linear_space", "project_rows"]
 
@@ -172,7 +172,7 @@ class ImageFit:
         if isinstance(interpolations, str) and interpolations == "pixels":
             self.between = "pixels"
             seed = self.encoder._child_seed(self.seed, 2)
-            partners = random_partners(n, groups, seed)
+            partners = draw_partners(n, groups, seed)
             return [torch.from_numpy(partners), torch.full((n,), 0.5)]
         if not isinstance(interpolations, tuple | list) or len(interpolations) != 3:
             raise ValueError(
@@ -218,8 +218,7 @@ class ImageFit:
         if not between:
             return self.module.loss(crops)
         *images, partners, alphas = between
-        partner = _read(self.inputs, partners, x.device)
-        partner = to_unit(partner, self.range)
+        partner = to_unit(take(self.inputs, partners).to(x.device), self.range)
         if images:
             mixed = to_unit(images[0], self.between)
         else:
@@ -280,27 +279,49 @@ def _auto_local_crops(shape, augmentation):
     return 0 if min(shape[:2]) < 16 or callable(augmentation) else 8
 
 
-def random_partners(n, groups, seed):
-    """Another row for each row, at random, of another group where there are groups."""
+def draw_partners(n, groups, seed):
+    """Draw another row for each row, from another group where there are groups.
+
+    Parameters
+    ----------
+    n : int
+        Number of rows.
+    groups : array-like of shape (n,) or None
+        Slide or patient of each row.
+    seed : int
+        Seed of the draw.
+
+    Returns
+    -------
+    ndarray of int of shape (n,)
+
+    Raises
+    ------
+    ValueError
+        If all rows are of one group.
+
+    Examples
+    --------
+    >>> draw_partners(4, ["a", "a", "a", "b"], seed=0)[:3].tolist()
+    [3, 3, 3]
+    """
     rng = np.random.default_rng(seed)
     if groups is None:
         return (np.arange(n) + rng.integers(1, n, size=n)) % n
-    if len(np.unique(groups)) < 2:
-        raise ValueError("groups must name at least two groups: partners come from another one.")
-    partners = rng.integers(n, size=n)
-    while len(same := np.flatnonzero(groups == groups[partners])):
-        partners[same] = rng.integers(n, size=len(same))
-    return partners
-
-
-def _read(source, index, device):
-    if isinstance(source, torch.Tensor):
-        return source.index_select(0, index.to(source.device)).to(device)
-    return source[index.cpu().numpy()].to(device)
-
-
-def is_image(rows):
-    return getattr(rows, "is_image", False)
+    groups = column_or_1d(groups)
+    check_consistent_length(groups, np.empty(n))
+    kinds, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    if len(kinds) < 2:
+        raise ValueError(
+            "groups names one group only, but the partner of an interpolation comes from another: "
+            "give at least two groups, or leave groups out to take any other image."
+        )
+    # Rows sorted by group: those of the own group are one run, which the draw steps over.
+    order = np.argsort(codes, kind="stable")
+    starts = np.cumsum(sizes) - sizes
+    place = rng.integers(n - sizes[codes])
+    place = np.where(place >= starts[codes], place + sizes[codes], place)
+    return order[place]
 
 
 def _positive_images(positives, rows, encoder):

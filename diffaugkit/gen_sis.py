@@ -24,8 +24,7 @@ import numpy as np
 import torch
 from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
-from sklearn.utils import column_or_1d
-from sklearn.utils.validation import check_consistent_length, check_is_fitted
+from sklearn.utils.validation import check_is_fitted
 
 from diffaugkit.base import (
     HasMethods,
@@ -38,6 +37,7 @@ from diffaugkit.base import (
 from diffaugkit.data import check_X
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, interpolate_rows
 from diffaugkit.encoder import SelfSupervisedEncoder
+from diffaugkit.encoder_fits import draw_partners
 from diffaugkit.image_rows import ImageRows
 from diffaugkit.image_store import fingerprint, stored_samples
 from diffaugkit.training import mix_seed
@@ -394,28 +394,23 @@ class GenSIS(TorchTransformer):
         return {name: value for name, value in given.items() if value != "auto"}
 
     def _set_common(self, part, stage, seed):
-        names = ("device", "precision", "compile", "verbose", "callbacks")
-        folder = None if self.checkpoint_dir is None else str(Path(self.checkpoint_dir) / stage)
-        part.set_params(
-            random_state=seed, checkpoint_dir=folder, **{k: getattr(self, k) for k in names}
-        )
-        part._validate_params()  # now, and not after the stages before its own
+        self._hand_over(part, random_state=seed, checkpoint_dir=self._folder(stage))
         part._description = f"Gen-SIS {stage}"
 
     def _generate(self, rows, diffusion, conditions, name, seed):
         """Images under conditions, row by row, from memory or the store."""
-        folder = self.store_dir
-        if folder is None and self.checkpoint_dir is not None:
-            folder = Path(self.checkpoint_dir) / "samples"
-        generator = getattr(diffusion, "estimator", diffusion)
-        settings = {
-            "seed": int(seed),
-            "generator": fingerprint(generator.module_),
-            "conditions": fingerprint(conditions),
-            "guidance_scale": float(generator.guidance_scale),
-            "sampler": generator.sampler,
-            "n_sampling_steps": int(generator.n_sampling_steps),
-        }
+        folder, settings = self.store_dir or self._folder("samples"), {}
+        if folder is not None:
+            folder = Path(folder) / name
+            generator = getattr(diffusion, "estimator", diffusion)
+            settings = {
+                "seed": int(seed),
+                "generator": fingerprint(generator.module_),
+                "conditions": fingerprint(conditions),
+                "guidance_scale": float(generator.guidance_scale),
+                "sampler": generator.sampler,
+                "n_sampling_steps": int(generator.n_sampling_steps),
+            }
 
         def generate(index):
             # A shard has a seed of its own: its images do not depend on the shards before it.
@@ -423,10 +418,7 @@ class GenSIS(TorchTransformer):
             made = diffusion.sample(conditions[index], random_state=number)
             return self._check_input(made, reset=False)[np.arange(len(index))]
 
-        samples = stored_samples(
-            None if folder is None else Path(folder) / name, len(rows), generate, settings
-        )
-        return ImageRows.like(rows, samples)
+        return ImageRows.like(rows, stored_samples(folder, len(rows), generate, settings))
 
     def _between(self, rows, diffusion, embeddings, partners, alphas, seed):
         if self.interpolation == "pixels":
@@ -458,51 +450,6 @@ class GenSIS(TorchTransformer):
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = False
         return tags
-
-
-def draw_partners(n, groups, seed):
-    """Draw another row for each row, from another group where there are groups.
-
-    Parameters
-    ----------
-    n : int
-        Number of rows.
-    groups : array-like of shape (n,) or None
-        Slide or patient of each row.
-    seed : int
-        Seed of the draw.
-
-    Returns
-    -------
-    ndarray of int of shape (n,)
-
-    Raises
-    ------
-    ValueError
-        If all rows are of one group.
-
-    Examples
-    --------
-    >>> draw_partners(4, ["a", "a", "a", "b"], seed=0)[:3].tolist()
-    [3, 3, 3]
-    """
-    rng = np.random.default_rng(seed)
-    if groups is None:
-        return (np.arange(n) + rng.integers(1, n, size=n)) % n
-    groups = column_or_1d(groups)
-    check_consistent_length(groups, np.empty(n))
-    kinds, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    if len(kinds) < 2:
-        raise ValueError(
-            "groups names one group only, but the partner of an interpolation comes from another; "
-            "leave groups out to take any other image."
-        )
-    # Rows sorted by group: those of the own group are one run, which the draw steps over.
-    order = np.argsort(codes, kind="stable")
-    starts = np.cumsum(sizes) - sizes
-    place = rng.integers(n - sizes[codes])
-    place = np.where(place >= starts[codes], place + sizes[codes], place)
-    return order[place]
 
 
 def _blend(rows, partners, alphas, batch_size=1024):

@@ -18,16 +18,13 @@ class centroids     ``centroids_``, of real samples alone
 
 import copy
 import math
-import os
 import warnings
 from numbers import Integral, Real
-from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.spatial.distance import cdist
 from sklearn.base import OneToOneFeatureMixin, clone
-from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import pairwise_distances_argmin
@@ -60,7 +57,7 @@ from diffaugkit.resampling import (
     take_like,
 )
 from diffaugkit.rows import DenseRows
-from diffaugkit.spaces import space_from_state
+from diffaugkit.spaces import CopySpace, space_from_state
 from diffaugkit.training import isolated_rng, make_batches, mix_seed
 
 __all__ = ["HistoDiffusionAugmenter"]
@@ -662,10 +659,6 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             weight = len(codes) / (len(counts) * counts)
         return torch.tensor(weight, dtype=torch.float32, device=self._device())
 
-    def _folder(self, name):
-        folder = self.checkpoint_dir
-        return None if folder is None else str(Path(os.fspath(folder)) / name)
-
     def _make_classifier(self, shape, n_classes, core):
         return LatentClassifier(
             shape, n_classes, core.alpha_bar, width=self.width, timed=self.noised_classifier
@@ -748,7 +741,8 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         """Draw candidates and select; generated samples, and the nearest real one of each."""
         import pandas as pd
 
-        spots, added = _Spots(rows, self._space()), []
+        space, added = CopySpace(rows, self._space(), _PIXEL_ROWS), []
+        spots = space.of(rows)
         made, sources, table, self._examples = [], [], [], []
         for code, (label, wanted) in enumerate(self._wanted()):
             samples, found, distances = self._candidates(code, wanted)
@@ -763,7 +757,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             real = np.flatnonzero(codes == code)
             made.append(samples[kept])
             if len(kept):
-                added.append(spots.of(self._rows_of(samples[kept])))
+                added.append(space.of(self._rows_of(samples[kept])))
             sources.append(real[_nearest(found[kept], features[real])])
             self._examples.append([samples[kept[:_EXAMPLES]], samples[rejected[:_EXAMPLES]]])
             to_own = np.linalg.norm(features[real] - self.centroids_[code], axis=1)
@@ -777,11 +771,11 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
                     "distance_real": _mean(to_own),
                     "distance_kept": _mean(own[kept]),
                     "distance_rejected": _mean(own[rejected]),
-                    "copy_ratio": spots.copy_ratio(added[-1]) if len(kept) else math.nan,
+                    "copy_ratio": _copy_ratio(added[-1], spots) if len(kept) else math.nan,
                 }
             )
         self.selection_ = pd.DataFrame(table)
-        self._warn(table, spots.copy_ratio(np.concatenate(added)) if added else math.nan)
+        self._warn(table, _copy_ratio(np.concatenate(added), spots) if added else math.nan)
         return np.concatenate(made), np.concatenate(sources)
 
     def _wanted(self):
@@ -842,35 +836,11 @@ def _classification(logits, y, weight):
     return {"loss": loss, "accuracy": (logits.argmax(dim=1) == y).float().mean()}
 
 
-class _Spots:
-    """Samples in the data's own space, where copies show: compact scores, or 50 pixel components.
-
-    The features of the selection bring a class together, and would show copies everywhere.
-    """
-
-    def __init__(self, rows, space):
-        self.space, self.pcs = space, None
-        if rows.is_image:
-            some = np.linspace(0, len(rows) - 1, min(len(rows), _PIXEL_ROWS)).astype(np.int64)
-            pixels = self._pixels(rows, some)
-            self.pcs = PCA(min(50, *pixels.shape), random_state=0).fit(pixels)
-        self.real = self.of(rows)
-
-    def copy_ratio(self, spots):
-        """Median distance to the nearest real sample, as a share of that to the next."""
-        if not len(spots) or (self.real == self.real[0]).all():
-            return math.nan
-        return copy_ratio(spots, nearest_training_samples(spots, self.real)[1], self.real)
-
-    def of(self, rows):
-        """Coordinates (n, k) of rows."""
-        if self.pcs is None:
-            return np.asarray(self.space.encode(rows), np.float64) * self.space.std
-        parts = [self._pixels(rows, part) for part in rows.slices(1024)]
-        return np.concatenate([self.pcs.transform(part) for part in parts])
-
-    def _pixels(self, rows, index):
-        return to_unit(rows[index], rows.pixel_range).flatten(1).numpy()
+def _copy_ratio(spots, real):
+    """Median distance to the nearest real sample, as a share of that to the next."""
+    if not len(spots) or (real == real[0]).all():
+        return math.nan
+    return copy_ratio(spots, nearest_training_samples(spots, real)[1], real)
 
 
 def _mean(values):

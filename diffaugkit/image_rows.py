@@ -10,6 +10,7 @@ import warnings
 
 import numpy as np
 
+from diffaugkit.arrays import standard_range
 from diffaugkit.rows import Rows
 
 __all__ = ["ImageRows", "from_unit", "resolve_image_shape", "scan_pixels", "to_unit"]
@@ -284,10 +285,7 @@ def scan_pixels(rows):
         low, high = min(low, least), max(high, most)
     if low > high:
         low = high = 0.0
-    for standard in ((0.0, 1.0), (-1.0, 1.0)):
-        if standard[0] <= low and high <= standard[1]:
-            return standard, (low, high)
-    return (low, high), (low, high)
+    return standard_range(low, high), (low, high)
 
 
 def _layout_of(array, is_tensor, image_shape):

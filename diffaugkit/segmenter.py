@@ -667,11 +667,6 @@ class DiffusionSegmenter(TorchEstimator):
         denoiser = self._make_denoiser() if given is None else copy.deepcopy(given.module_)
         return SegmentationNetwork(denoiser, len(self.classes_))
 
-    def _folder(self, phase):
-        if self.checkpoint_dir is None:
-            return None
-        return str(Path(os.fspath(self.checkpoint_dir)) / phase)
-
     def __sklearn_tags__(self):  # noqa: D105
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = False

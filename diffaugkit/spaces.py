@@ -17,13 +17,14 @@ from functools import partial
 
 import numpy as np
 import torch
+from sklearn.decomposition import PCA
 
 from diffaugkit.decomposition import PrincipalComponents
 from diffaugkit.encoder import linear_space, project_rows
 from diffaugkit.image_rows import from_unit, to_unit
 from diffaugkit.rows import MappedRows, TemporaryRows
 
-__all__ = ["ComponentSpace", "LatentSpace", "PixelSpace", "space_from_state"]
+__all__ = ["ComponentSpace", "CopySpace", "LatentSpace", "PixelSpace", "space_from_state"]
 
 # Values of all latents up to which they stay in memory, 1 GB of float32; then they go to a file.
 _LATENTS_IN_MEMORY = 2**28
@@ -199,3 +200,41 @@ def space_from_state(state, autoencoder=None):
         return ComponentSpace(**state)
     pixels = PixelSpace(**state)
     return pixels if autoencoder is None else LatentSpace(pixels, autoencoder)
+
+
+class CopySpace:
+    """Where copies show: the compact scores of vectors, or 50 principal components of pixels.
+
+    Embeddings would show copies everywhere: two images may have theirs in common and differ.
+
+    Parameters
+    ----------
+    rows : Rows of shape (n, d) or (n, C, H, W)
+        Real samples.
+    space : ComponentSpace, PixelSpace or LatentSpace
+        Space of the generator.
+    n_fitted : int
+        Images that the components are computed from, at most.
+    """
+
+    def __init__(self, rows, space, n_fitted):
+        self.space, self.pcs = space, None
+        if rows.is_image:
+            some = np.linspace(0, len(rows) - 1, min(len(rows), n_fitted)).astype(np.int64)
+            pixels = _flat_pixels(rows, some)
+            self.pcs = PCA(min(50, *pixels.shape), random_state=0).fit(pixels)
+
+    def of(self, rows):
+        """Coordinates (n, k) of rows."""
+        if self.pcs is None:
+            return self.of_latents(self.space.encode(rows))
+        parts = (_flat_pixels(rows, part) for part in rows.slices(1024))
+        return np.concatenate([self.pcs.transform(part) for part in parts])
+
+    def of_latents(self, latents):
+        """Coordinates (n, k), float64, of whitened scores of vectors."""
+        return np.asarray(latents, np.float64) * self.space.std
+
+
+def _flat_pixels(rows, index):
+    return to_unit(rows[index], rows.pixel_range).flatten(1).numpy()

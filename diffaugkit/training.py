@@ -42,6 +42,7 @@ __all__ = [
     "resolve_device",
     "resolve_precision",
     "scheduled_rate",
+    "take",
 ]
 
 # Purposes that one seed serves: a stream of its own for each.
@@ -399,7 +400,7 @@ class Batches:
         sample = np.linspace(0, self.n_samples - 1, min(self.n_samples, 256)).astype(np.int64)
         digest = hashlib.sha256()
         for source in self.sources:
-            rows = None if source is None else _take(source, torch.from_numpy(sample)).cpu()
+            rows = None if source is None else take(source, torch.from_numpy(sample)).cpu()
             digest.update(repr(None if rows is None else (rows.shape, rows.dtype)).encode())
             digest.update(b"" if rows is None else rows.contiguous().view(torch.uint8).numpy())
         return {
@@ -451,7 +452,7 @@ class Batches:
             parts = [order[low:high][rank::world] for low, high in bounds[start:stop]]
             sizes = [len(part) for part in parts]
             index = parts[0] if len(parts) == 1 else torch.cat(parts)
-            taken = [None if s is None else self._send(_take(s, index)) for s in self.sources]
+            taken = [None if s is None else self._send(take(s, index)) for s in self.sources]
             pieces = [[None] * len(sizes) if t is None else t.split(sizes) for t in taken]
             yield from zip(*pieces, strict=True)
             start = stop
@@ -535,7 +536,20 @@ def _settle(source, device):
     return source.to(device)
 
 
-def _take(source, index):
+def take(source, index):
+    """Read rows of a tensor or of Rows.
+
+    Parameters
+    ----------
+    source : Tensor or Rows of shape (n, ...)
+    index : Tensor of shape (B,), int64
+        On any device.
+
+    Returns
+    -------
+    Tensor of shape (B, ...)
+        Where the tensor lies; on the CPU for Rows.
+    """
     if isinstance(source, torch.Tensor):
         return source.index_select(0, index.to(source.device))
     return source[index.cpu().numpy()]

@@ -17,7 +17,6 @@ L_p, NMS         ``merge_attention``: proposals; each pixel goes to the one that
 """
 
 from numbers import Integral, Real
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -350,17 +349,11 @@ class ZeroShotSegmenter(TorchEstimator):
                 n_attention_levels=_attention_levels(rows.shape[1:]),
                 **{name: getattr(self, name) for name in names},
             )
-        diffusion = clone(diffusion)
-        seed = self._seed()
-        folder = self.checkpoint_dir
-        folder = None if folder is None else str(Path(folder) / "diffusion")
-        names = ("device", "precision", "compile", "verbose", "callbacks")
-        diffusion.set_params(
-            random_state=self._child_seed(seed, 0),
-            checkpoint_dir=folder,
-            **{name: getattr(self, name) for name in names},
+        diffusion = self._hand_over(
+            clone(diffusion),
+            random_state=self._child_seed(self._seed(), 0),
+            checkpoint_dir=self._folder("diffusion"),
         )
-        diffusion._validate_params()
         if isinstance(self.timestep, Integral):
             self._check_timestep(diffusion)
         return diffusion

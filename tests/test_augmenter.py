@@ -18,7 +18,6 @@ from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
 
-import diffaugkit
 from diffaugkit import EmbeddingConditionedDiffusion, SelfSupervisedEncoder, load
 from diffaugkit.augmenter import GenerativeAugmenter
 from diffaugkit.embedding_diffusion import interpolate_rows
@@ -518,9 +517,7 @@ def test_a_killed_fit_goes_on(data, tmp_path):
     np.testing.assert_array_equal(model.fit_resample(*data)[0], expected)
 
 
-def test_save_and_load(data, tmp_path, monkeypatch):
-    monkeypatch.setitem(diffaugkit._HOMES, "GenerativeAugmenter", "augmenter")
-    monkeypatch.setattr(diffaugkit, "__all__", sorted([*diffaugkit.__all__, "GenerativeAugmenter"]))
+def test_save_and_load(data, tmp_path):
     model = tiny(sampling_strategy={"c": 12})
     expected = model.fit_resample(*data)[0]
     model.save(tmp_path / "model")

@@ -33,13 +33,6 @@ def tiny(diffusion=None, encoder=None, **more):
     return HistoDiffusionAugmenter(diffusion, encoder, **{**options, "random_state": 0, **more})
 
 
-@pytest.fixture(autouse=True)
-def _is_public(monkeypatch):
-    monkeypatch.setitem(diffaugkit._HOMES, "HistoDiffusionAugmenter", "histo_augmenter")
-    names = sorted({*diffaugkit.__all__, "HistoDiffusionAugmenter"})
-    monkeypatch.setattr(diffaugkit, "__all__", names)
-
-
 @pytest.fixture(scope="module")
 def pretrained(blobs):
     """A generator of the blobs that is good enough to be guided."""

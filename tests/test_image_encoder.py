@@ -386,9 +386,9 @@ def test_groups_keep_partners_apart(X):
     tiny(max_epochs=1).fit(X, interpolations=(X, apart, 0.5), groups=groups)
     with pytest.raises(ValueError, match=r"Image 0 was interpolated with image 1 of its own group"):
         tiny().fit(X, interpolations=(X, np.roll(np.arange(40), -1), 0.5), groups=groups)
-    drawn = encoder_fits.random_partners(40, groups, 0)
+    drawn = encoder_fits.draw_partners(40, groups, 0)
     assert (groups[drawn] != groups).all()
-    assert (encoder_fits.random_partners(40, None, 0) != np.arange(40)).all()
+    assert (encoder_fits.draw_partners(40, None, 0) != np.arange(40)).all()
     with pytest.raises(ValueError, match="at least two groups"):
         tiny().fit(X, interpolations="pixels", groups=np.zeros(40))
 

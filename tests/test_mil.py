@@ -11,7 +11,6 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_score
 from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
 
-import diffaugkit
 from diffaugkit import load
 from diffaugkit.mil import AttentionMILClassifier, BagNetwork
 from diffaugkit.training import isolated_rng
@@ -46,12 +45,6 @@ def data():
 @pytest.fixture(scope="module")
 def fitted(data):
     return tiny().fit(*data)
-
-
-@pytest.fixture(autouse=True)
-def known_name(monkeypatch):
-    monkeypatch.setitem(diffaugkit._HOMES, "AttentionMILClassifier", "mil")
-    monkeypatch.setattr(diffaugkit, "__all__", [*diffaugkit.__all__, "AttentionMILClassifier"])
 
 
 def test_attention_finds_the_key_instances_and_beats_the_mean():

@@ -12,7 +12,6 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
 
-import diffaugkit
 from diffaugkit import EmbeddingConditionedDiffusion, load
 from diffaugkit.metrics import dice_score
 from diffaugkit.segmentation_data import (
@@ -66,12 +65,6 @@ def data():
 @pytest.fixture(scope="module")
 def fitted(data):
     return tiny().fit(*data)
-
-
-@pytest.fixture(autouse=True)
-def known_name(monkeypatch):
-    monkeypatch.setitem(diffaugkit._HOMES, "DiffusionSegmenter", "segmenter")
-    monkeypatch.setattr(diffaugkit, "__all__", [*diffaugkit.__all__, "DiffusionSegmenter"])
 
 
 # ---- learning ------------------------------------------------------------------------------------
