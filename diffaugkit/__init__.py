@@ -7,7 +7,7 @@ datasets, decomposition, augmentations, networks, objectives, denoisers, diffusi
 training, base, preprocessing, autoencoder, encoder_fits, encoder, spaces, embedding_diffusion,
 diffaug_em, image_store, gen_sis, resampling, augmenter, histo_networks, histo_augmenter,
 segmentation_data, segmentation_networks, segmentation_tiles, segmenter, zero_shot_segmenter, mil,
-image_plotting, segmentation_plotting, plotting.
+slides, tissue, image_plotting, segmentation_plotting, plotting.
 """
 
 import importlib
@@ -31,6 +31,7 @@ _HOMES = {
     "SegmentationDisplay": "plotting",
     "SelfSupervisedEncoder": "encoder",
     "SimilarityHistogramDisplay": "plotting",
+    "TissueTiles": "tissue",
     "TrainingCurveDisplay": "plotting",
     "ZeroShotSegmenter": "zero_shot_segmenter",
     "load": "persistence",

@@ -5,8 +5,9 @@
 One unconditional U-Net is trained on scikit-learn's digits (8 x 8 pixels); every sampler then walks
 with the very same weights: ours (DDPM with 1 000 steps, DDIM, DPM-Solver++), the pipelines of
 diffusers (DDPM, DDIM), and the sampling loop of denoising-diffusion-pytorch, where installed. The
-Frechet distance is between 20 principal components of as many generated as real images; it falls
-with their number, so only figures of one table compare. Noise is one set for all of ours.
+Frechet distance is between 20 principal components of the generated and of all training images. It
+falls with the number of images and scatters with the noise, so only figures of one table compare,
+and each is the mean over several sets of noise, the same ones for all of ours.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ OURS = {
 }
 
 
-def by_diffusers(model, kind, n_steps, n, batch_size):
+def by_diffusers(model, kind, n_steps, n, batch_size, seed):
     """Images of diffusers' own pipeline, in [-1, 1], from the same U-Net."""
     from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
@@ -51,7 +53,7 @@ def by_diffusers(model, kind, n_steps, n, batch_size):
     else:
         pipeline = DDIMPipeline(unet, DDIMScheduler(**settings))
     pipeline.set_progress_bar_config(disable=True)
-    generator, images = torch.Generator().manual_seed(0), []
+    generator, images = torch.Generator().manual_seed(seed), []
     for start in range(0, n, batch_size):
         size = min(batch_size, n - start)
         out = pipeline(
@@ -74,7 +76,7 @@ class _ForPytorchPackage(nn.Module):
         return self.unet(x, t).sample
 
 
-def by_pytorch_package(model, n_steps, n, batch_size):
+def by_pytorch_package(model, n_steps, n, batch_size, seed):
     """Images of denoising-diffusion-pytorch's DDIM (250 steps is its default), in [-1, 1]."""
     from denoising_diffusion_pytorch import GaussianDiffusion
 
@@ -88,6 +90,7 @@ def by_pytorch_package(model, n_steps, n, batch_size):
         auto_normalize=False,
     )
     images = []
+    torch.manual_seed(seed)
     with torch.inference_mode():
         for start in range(0, n, batch_size):
             images.append(process.sample(min(batch_size, n - start))[:, 0])
@@ -99,59 +102,73 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--images", type=int, default=1797)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the noise")
     parser.add_argument("--batch-size", type=int, default=256, help="of the peers")
     parser.add_argument("--precision", default="fp32", help="of ours; the peers' is fp32")
-    parser.add_argument("--out", default="sampling_speed.json")
+    parser.add_argument("--out", default="sampling_speed.json", help="resumed when it exists")
     args = parser.parse_args()
-    torch.manual_seed(0)
     X, _ = load_digits()
     model = EmbeddingConditionedDiffusion(
         encoder=None, max_epochs=args.epochs, precision=args.precision, random_state=0, verbose=1
     ).fit(X)
-    # Twice as many images as have a sample: the real half against the other says what noise is.
-    real = X[: args.images].reshape(-1, 64) / 127.5 - 1
+    model.set_params(verbose=0)
+    real = X.reshape(len(X), -1) / 127.5 - 1
     components = PCA(20, random_state=0).fit(real)
-    results, rows = Results(args.out), []
+    n, size, results = args.images, args.batch_size, Results(args.out)
 
-    def record(name, n_steps, sample):
-        start = time.perf_counter()
-        images = sample()
-        seconds = time.perf_counter() - start
-        flat = np.asarray(images, np.float64).reshape(len(images), -1)
-        distance = frechet_distance(components.transform(real), components.transform(flat))
-        results.add(name, {"steps": n_steps, "rate": len(images) / seconds, "frechet": distance})
-        print(f"{name}: {len(images) / seconds:.1f} images/s, Frechet {distance:.4f}", flush=True)
+    def ours(sampler, n_steps, seed):
+        model.set_params(sampler=sampler, n_sampling_steps=n_steps)
+        return model.sample(n, random_state=seed) / 127.5 - 1
 
-    for name, (sampler, n_steps) in OURS.items():
-        model.set_params(sampler=sampler, n_sampling_steps=n_steps, verbose=0)
-        record(name, n_steps, lambda: model.sample(args.images, random_state=0) / 127.5 - 1)
+    samplers = {
+        name: (n_steps, partial(ours, sampler, n_steps))
+        for name, (sampler, n_steps) in OURS.items()
+    }
     for kind, n_steps in (("ddpm", 1000), ("ddim", 50)):
-        record(
-            f"diffusers' pipeline, {kind.upper()} {n_steps}",
+        samplers[f"diffusers' pipeline, {kind.upper()} {n_steps}"] = (
             n_steps,
-            lambda k=kind, s=n_steps: by_diffusers(model, k, s, args.images, args.batch_size),
+            partial(by_diffusers, model, kind, n_steps, n, size),
         )
     if importlib.util.find_spec("denoising_diffusion_pytorch"):
         for n_steps in (250, 50):
-            record(
-                f"denoising-diffusion-pytorch, DDIM {n_steps}",
+            samplers[f"denoising-diffusion-pytorch, DDIM {n_steps}"] = (
                 n_steps,
-                lambda s=n_steps: by_pytorch_package(model, s, args.images, args.batch_size),
+                partial(by_pytorch_package, model, n_steps, n, size),
             )
+    # Noise by noise, so that whatever else the machine does falls on all of them.
+    for seed in args.seeds:
+        for name, (_, sample) in samplers.items():
+            key = f"{name}|{seed}"
+            if key in results.read():
+                continue
+            start = time.perf_counter()
+            images = sample(seed=seed)
+            rate = n / (time.perf_counter() - start)
+            flat = np.asarray(images, np.float64).reshape(n, -1)
+            distance = frechet_distance(components.transform(real), components.transform(flat))
+            results.add(key, {"rate": rate, "frechet": distance})
+            print(f"{key}: {rate:.1f} images/s, Frechet {distance:.4f}", flush=True)
 
     records = results.read()
-    base = records["ours, DDPM 1000"]
-    for name, row in records.items():
+
+    def column(name, field):
+        return np.array([records[f"{name}|{seed}"][field] for seed in args.seeds])
+
+    base = next(iter(OURS))
+    rows = []
+    for name, (n_steps, _) in samplers.items():
+        distance, base_distance = column(name, "frechet"), column(base, "frechet")
+        faster = np.median(column(name, "rate") / column(base, "rate"))
         rows.append(
             [
                 name,
-                f"{row['frechet']:.4f}",
-                f"{100 * (row['frechet'] / base['frechet'] - 1):+.1f} %",
-                f"{row['rate'] / base['rate']:.1f}",
-                f"{row['rate'] * row['steps'] / (base['rate'] * base['steps']):.2f}",
+                f"{distance.mean():.4f} ± {distance.std():.4f}",
+                f"{100 * (distance.mean() / base_distance.mean() - 1):+.1f} %",
+                f"{faster:.1f}",
+                f"{faster * n_steps / samplers[base][0]:.2f}",
             ]
         )
-    print(f"\n{args.images} images, U-Net of {model.module_.__class__.__name__}, one run\n")
+    print(f"\n{args.epochs} epochs; {n} images for each of {len(args.seeds)} sets of noise\n")
     header = ["sampler", "Frechet", "against DDPM 1000", "images/s, ratio", "steps/s, ratio"]
     print(markdown(header, rows))
 
