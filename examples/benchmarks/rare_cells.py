@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from itertools import product
 
 import numpy as np
 from _common import SETS, Results, load_cells, markdown
@@ -151,7 +152,7 @@ def tables(results):
             print(
                 f"\nMacro F1 x 100, {score} types, {classifier}; p: paired t-test against SMOTE\n"
             )
-            rows = []
+            rows, gains = [], {}
             for (name, aim), methods in found.items():
                 folds = sorted(set.intersection(*map(set, methods.values())))
                 values = {
@@ -160,6 +161,16 @@ def tables(results):
                 }
                 cells = (cell(values, method) for method in (*PEERS, *OURS))
                 rows.append([name, aim, len(folds), *cells])
+                for ours, peer in product(OURS, PEERS):
+                    if ours in values and peer in values:
+                        gain = values[ours] - values[peer]
+                        gains.setdefault(peer, {}).setdefault(ours, []).extend(gain)
+            for peer, gain in gains.items():
+                n = len(next(iter(gain.values())))
+                means = [
+                    f"{np.mean(g):+.2f} ± {np.std(g, ddof=1) / n**0.5:.2f}" for g in gain.values()
+                ]
+                rows.append([f"**against {peer}, all folds**", "", n, "", "", "", *means])
             print(markdown(["set", "aim", "folds", *PEERS, *OURS], rows))
 
 
