@@ -4,10 +4,10 @@ Reading order of the files, each of which imports only from those before it:
 
 losses, segmentation_losses, arrays, metrics, rows, image_rows, image_files, image_inputs, data,
 datasets, decomposition, augmentations, networks, objectives, denoisers, diffusion, persistence,
-training, base, preprocessing, autoencoder, encoder_fits, encoder, spaces, embedding_diffusion,
-diffaug_em, image_store, gen_sis, resampling, augmenter, histo_networks, histo_augmenter,
-segmentation_data, segmentation_networks, segmentation_tiles, segmenter, zero_shot_segmenter, mil,
-slides, tissue, image_plotting, segmentation_plotting, plotting.
+runtime, batches, training, base, preprocessing, autoencoder, encoder_fits, encoder, spaces,
+embedding_diffusion, diffaug_em, image_store, gen_sis, resampling, augmenter, histo_networks,
+histo_augmenter, segmentation_data, segmentation_networks, segmentation_tiles, segmenter,
+zero_shot_segmenter, mil, slides, tissue, image_plotting, segmentation_plotting, plotting.
 """
 
 import importlib

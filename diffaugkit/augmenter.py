@@ -49,8 +49,8 @@ from diffaugkit.resampling import (
     take_like,
 )
 from diffaugkit.rows import DenseRows
+from diffaugkit.runtime import mix_seed
 from diffaugkit.spaces import CopySpace
-from diffaugkit.training import mix_seed
 
 # Samples that the quality report looks at: its cost grows with their square.
 _REPORT_ROWS = 2_000

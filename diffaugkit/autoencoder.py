@@ -36,10 +36,11 @@ from diffaugkit.base import (
     _fit_context,
     all_or_nothing,
 )
+from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.diffusion import sample_in_batches
 from diffaugkit.image_rows import from_unit, to_unit
-from diffaugkit.training import isolated_rng, make_batches
+from diffaugkit.runtime import isolated_rng
 
 __all__ = ["LatentAutoencoder", "PatchDiscriminator", "adaptive_weight"]
 

@@ -23,7 +23,8 @@ from sklearn.utils._param_validation import HasMethods, Interval, Options, StrOp
 from torch import nn
 
 from diffaugkit.persistence import save
-from diffaugkit.training import fit_loop, mix_seed, resolve_device
+from diffaugkit.runtime import mix_seed, resolve_device
+from diffaugkit.training import fit_loop
 
 __all__ = [
     "HasMethods",
@@ -170,7 +171,7 @@ class TorchEstimator(BaseEstimator):
         loss_fn : callable
             ``loss_fn(*batch)`` -> scalar Tensor or dict with the key "loss".
         batches : Batches
-            From :func:`~diffaugkit.training.make_batches`.
+            From :func:`~diffaugkit.batches.make_batches`.
         seed : int
             From ``_seed``.
         **options

@@ -34,10 +34,11 @@ from diffaugkit.base import (
     _fit_context,
     all_or_nothing,
 )
+from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion
 from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
-from diffaugkit.training import make_batches, mix_seed
+from diffaugkit.runtime import mix_seed
 
 _PAPER_SCHEDULE = {"vectors": (330, 330, 340), "images": (200, 400, 800)}
 

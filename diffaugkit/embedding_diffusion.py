@@ -39,6 +39,7 @@ from diffaugkit.base import (
     _fit_context,
     all_or_nothing,
 )
+from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.denoisers import DENOISERS, UNetDenoiser, record_attention, unet_size
 from diffaugkit.diffusion import (
@@ -54,13 +55,8 @@ from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
 from diffaugkit.image_rows import ImageRows, from_unit, to_unit
 from diffaugkit.metrics import quality_report
 from diffaugkit.rows import DenseRows, MappedRows
+from diffaugkit.runtime import isolated_rng, mix_seed, resolve_precision
 from diffaugkit.spaces import ComponentSpace, CopySpace, LatentSpace, PixelSpace, space_from_state
-from diffaugkit.training import (
-    isolated_rng,
-    make_batches,
-    mix_seed,
-    resolve_precision,
-)
 
 # Embeddings of training rows that are kept, so that ``sample(n)`` has conditions to draw from.
 _POOL = 4_096

@@ -19,12 +19,13 @@ from diffaugkit.augmentations import (
     nearest_neighbors,
     neighbor_mixup,
 )
+from diffaugkit.batches import make_batches, take
 from diffaugkit.data import check_X
 from diffaugkit.decomposition import PrincipalComponents, principal_components
 from diffaugkit.image_rows import to_unit
 from diffaugkit.networks import patch_size
 from diffaugkit.rows import DenseRows, MappedRows
-from diffaugkit.training import isolated_rng, make_batches, take
+from diffaugkit.runtime import isolated_rng
 
 __all__ = ["ImageFit", "VectorFit", "auto_epochs", "linear_space", "project_rows"]
 

@@ -40,7 +40,7 @@ from diffaugkit.encoder import SelfSupervisedEncoder
 from diffaugkit.encoder_fits import draw_partners
 from diffaugkit.image_rows import ImageRows
 from diffaugkit.image_store import fingerprint, stored_samples
-from diffaugkit.training import mix_seed
+from diffaugkit.runtime import mix_seed
 
 _VIEWS, _INTERPOLATIONS, _PARTNERS = 0, 1, 2
 

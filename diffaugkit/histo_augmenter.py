@@ -42,6 +42,7 @@ from diffaugkit.base import (
     _fit_context,
     all_or_nothing,
 )
+from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.diffusion import SAMPLERS, sample_in_batches
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, _as_given
@@ -57,8 +58,8 @@ from diffaugkit.resampling import (
     take_like,
 )
 from diffaugkit.rows import DenseRows
+from diffaugkit.runtime import isolated_rng, mix_seed
 from diffaugkit.spaces import CopySpace, space_from_state
-from diffaugkit.training import isolated_rng, make_batches, mix_seed
 
 __all__ = ["HistoDiffusionAugmenter"]
 

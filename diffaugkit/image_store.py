@@ -17,7 +17,7 @@ import torch
 
 from diffaugkit.persistence import ModelFileError, read_folder, write_folder
 from diffaugkit.rows import Rows
-from diffaugkit.training import process_rank
+from diffaugkit.runtime import process_rank
 
 __all__ = ["StoredRows", "fingerprint", "stored_samples"]
 

@@ -23,11 +23,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffaugkit.base import Interval, StrOptions, TorchEstimator, _fit_context, all_or_nothing
+from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.diffusion import sample_in_batches
 from diffaugkit.encoder_fits import auto_epochs
 from diffaugkit.rows import Rows
-from diffaugkit.training import isolated_rng, make_batches
+from diffaugkit.runtime import isolated_rng
 
 __all__ = ["AttentionMILClassifier", "BagNetwork"]
 

@@ -34,6 +34,7 @@ from diffaugkit.base import (
     _fit_context,
     all_or_nothing,
 )
+from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.denoisers import UNetDenoiser, unet_size
 from diffaugkit.diffusion import WEIGHTINGS, Diffusion
@@ -41,6 +42,7 @@ from diffaugkit.encoder_fits import auto_epochs
 from diffaugkit.image_files import list_images
 from diffaugkit.image_inputs import reading_range
 from diffaugkit.image_rows import to_unit
+from diffaugkit.runtime import isolated_rng, reduced_precision
 from diffaugkit.segmentation_data import (
     IGNORED,
     ImageList,
@@ -53,7 +55,6 @@ from diffaugkit.segmentation_data import (
 from diffaugkit.segmentation_losses import segmentation_loss
 from diffaugkit.segmentation_networks import AttentionUNet, KeepBest, SegmentationNetwork
 from diffaugkit.segmentation_tiles import predict_strips
-from diffaugkit.training import isolated_rng, make_batches, reduced_precision
 
 __all__ = ["DiffusionSegmenter"]
 

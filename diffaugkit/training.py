@@ -15,44 +15,33 @@ trains on all of them. A process on its own needs none of it and goes without.
 """
 
 import contextlib
-import functools
 import hashlib
 import math
-import os
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from diffaugkit.persistence import read_folder, write_folder
+from diffaugkit.runtime import (
+    all_processes,
+    isolated_rng,
+    mix_seed,
+    reduced_precision,
+    resolve_device,
+    resolve_precision,
+    seed_generators,
+    tf32,
+)
 
-__all__ = [
-    "Batches",
-    "NonFiniteLossError",
-    "fit_loop",
-    "isolated_rng",
-    "make_batches",
-    "mix_seed",
-    "process_rank",
-    "reduced_precision",
-    "resolve_device",
-    "resolve_precision",
-    "scheduled_rate",
-    "take",
-]
+__all__ = ["NonFiniteLossError", "fit_loop", "scheduled_rate"]
 
-# Purposes that one seed serves: a stream of its own for each.
-_STEP, _ORDER = 1, 2
+# The stream of a seed from which batches draw; `batches` has another.
+_STEP = 1
 # On an accelerator every look at a loss waits for the device, so it happens this often.
 _LOOK_EVERY = 50
-# Below this many values in matrices and filters a CPU loses time with bf16.
-_SMALL_MODULE = 2**16
-# Values that one read of a shuffled epoch may bring in from the disk: 256 MB of float32.
-_WINDOW_VALUES = 2**26
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -72,496 +61,6 @@ class NonFiniteLossError(FloatingPointError):
         super().__init__(message)
         self.epoch = epoch
         self.batch = batch
-
-
-# ---- randomness ----------------------------------------------------------------------------------
-
-
-def _splitmix64(value):
-    value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return value ^ (value >> 31)
-
-
-def mix_seed(seed, *counters):
-    """Hash a seed and counters to 64 bits, so that neighbours share nothing.
-
-    SplitMix64 of Steele, Lea and Flood (2014), "Fast Splittable Pseudorandom Number Generators",
-    figure 18, applied once per value.
-
-    Parameters
-    ----------
-    seed : int
-        The seed of a fit.
-    *counters : int
-        What the stream is for: step, rank, epoch, child number.
-
-    Returns
-    -------
-    mixed : int
-        In 0 to 2**64 - 1. The CPU generator of torch uses its lower half, and so does
-        ``mix_seed(...) % 2**32`` where a NumPy seed is asked for.
-
-    Examples
-    --------
-    >>> from diffaugkit.training import mix_seed
-    >>> mix_seed(0, 1) == mix_seed(0, 1), mix_seed(0, 1) == mix_seed(1, 0)
-    (True, False)
-    """
-    mixed = _splitmix64(int(seed))
-    for counter in counters:
-        mixed = _splitmix64(mixed + int(counter))
-    return mixed
-
-
-def _seed_generators(seed, device):
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[_index(device)].manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-
-
-def _index(device):
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
-@contextlib.contextmanager
-def isolated_rng(seed, device="cpu"):
-    """Seed torch's default generators inside, and give the caller's states back after.
-
-    NumPy's global stream is neither read nor moved.
-
-    Parameters
-    ----------
-    seed : int
-        Seed of the streams inside.
-    device : str or torch.device, default="cpu"
-        The device whose generator is forked beside the CPU's.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from diffaugkit.training import isolated_rng
-    >>> with isolated_rng(0):
-    ...     first = torch.rand(2)
-    >>> with isolated_rng(0):
-    ...     second = torch.rand(2)
-    >>> bool((first == second).all())
-    True
-    """
-    device = resolve_device(device)
-    on_mps = torch.mps.get_rng_state() if device.type == "mps" else None
-    devices = [_index(device)] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices, device_type="cuda"):
-        try:
-            _seed_generators(mix_seed(seed), device)
-            yield
-        finally:
-            if on_mps is not None:
-                torch.mps.set_rng_state(on_mps)
-
-
-# ---- device and precision ------------------------------------------------------------------------
-
-
-def resolve_device(device="auto"):
-    """Turn a device parameter into a ``torch.device``.
-
-    Parameters
-    ----------
-    device : {"auto", "cpu", "cuda", "cuda:<i>", "mps"} or torch.device, default="auto"
-        "auto" takes CUDA, else Apple's MPS, else the CPU. In a process that a launcher started,
-        "auto" and "cuda" mean the GPU of its local rank.
-
-    Returns
-    -------
-    device : torch.device
-
-    Raises
-    ------
-    ValueError
-        If there is no such device here.
-    """
-    if isinstance(device, str) and device == "auto":
-        if torch.cuda.is_available():
-            device = "cuda"
-        else:
-            device = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device={device!r} is not a device; use 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or a "
-            "torch.device."
-        ) from error
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if not available.get(resolved.type, lambda: True)():
-        raise ValueError(
-            f"device={str(device)!r} was asked for, but torch sees no such device here; use "
-            "device='auto' or 'cpu'."
-        )
-    if resolved.type == "cuda" and resolved.index is None:
-        index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
-        resolved = torch.device("cuda", index)
-    return resolved
-
-
-def resolve_precision(precision="auto", device="cpu", module=None):
-    """Turn a precision parameter into "bf16" or "fp32".
-
-    Parameters
-    ----------
-    precision : {"auto", "bf16", "fp32"}, default="auto"
-        "auto" takes bf16 where the device multiplies it natively: CUDA since Ampere, CPUs with
-        AVX512-BF16 or AMX, where it was measured 4 to 7 times faster than fp32. Elsewhere it would
-        be emulated, hence fp32.
-    device : str or torch.device, default="cpu"
-        Where the multiplication happens.
-    module : nn.Module or None, default=None
-        What multiplies, if known. On a CPU "auto" means fp32 for one of fewer than 65 536 values in
-        matrices and filters: there the casts were measured to cost more than the products gain.
-
-    Returns
-    -------
-    precision : {"bf16", "fp32"}
-
-    Raises
-    ------
-    ValueError
-        If `precision` is none of the three.
-    """
-    if precision in ("bf16", "fp32"):
-        return precision
-    if precision != "auto":
-        raise ValueError(f"precision={precision!r} is not known; use 'auto', 'bf16' or 'fp32'.")
-    kind = resolve_device(device).type
-    if not _multiplies_bf16(kind):
-        return "fp32"
-    size = sum(p.numel() for p in module.parameters() if p.ndim > 1) if module else math.inf
-    return "fp32" if kind == "cpu" and size < _SMALL_MODULE else "bf16"
-
-
-@functools.cache
-def _multiplies_bf16(device_type):
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check, bool)() for check in checks)
-
-
-@contextlib.contextmanager
-def reduced_precision(module, precision="auto", device="cpu"):
-    """Let the module multiply in bf16 inside, while everything around it sees float32.
-
-    Each outermost call, of the module or of a part of it, runs under autocast and returns float32.
-    So a loss is computed in float32 without knowing, and a loss function may call parts
-    (``module.head(...)``) as it likes. The casts of the weights are dropped after each call:
-    autocast's cache over several calls would lose gradients after a call under ``no_grad``.
-
-    Parameters
-    ----------
-    module : nn.Module
-        Its forward methods are wrapped inside the context only.
-    precision : {"auto", "bf16", "fp32"}, default="auto"
-        With "fp32", or where "auto" means that, nothing happens.
-    device : str or torch.device, default="cpu"
-        Where the module lives.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from diffaugkit.training import reduced_precision
-    >>> layer = torch.nn.Linear(4, 4)
-    >>> with reduced_precision(layer, "bf16"):
-    ...     layer(torch.zeros(2, 4)).dtype
-    torch.float32
-    """
-    device = resolve_device(device)
-    if resolve_precision(precision, device, module) == "fp32":
-        yield
-        return
-    inside = False
-
-    def wrapped(forward):
-        @functools.wraps(forward)
-        def run(*args, **kwargs):
-            nonlocal inside
-            if inside or torch.is_autocast_enabled(device.type):
-                return forward(*args, **kwargs)
-            inside = True
-            try:
-                with torch.autocast(device.type, torch.bfloat16):
-                    output = forward(*args, **kwargs)
-            finally:
-                inside = False
-            return _to_float32(output)
-
-        return run
-
-    # Leaves deep inside are only called by their parents, and each wrapper costs a microsecond.
-    children = list(module.children())
-    parts = [m for m in module.modules() if m is module or m in children or any(m.children())]
-    own = {part: part.__dict__.get("forward") for part in parts}
-    for part in parts:
-        part.forward = wrapped(part.forward)
-    try:
-        yield
-    finally:
-        for part, forward in own.items():
-            if forward is None:
-                del part.forward
-            else:
-                part.forward = forward
-
-
-def _to_float32(output):
-    if isinstance(output, torch.Tensor):
-        return output.float() if output.dtype == torch.bfloat16 else output
-    if isinstance(output, dict):
-        return {key: _to_float32(value) for key, value in output.items()}
-    if type(output) in (tuple, list):
-        return type(output)(map(_to_float32, output))
-    return output
-
-
-@contextlib.contextmanager
-def _tf32(device):
-    """Let CUDA's float32 products use TF32 inside; the caller's setting returns after."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-# ---- batches -------------------------------------------------------------------------------------
-
-
-class Batches:
-    """Shuffled batches of aligned sources; epoch e is a pure function of (seed, e).
-
-    Made by :func:`make_batches`. Under several processes each takes every ``world``-th row of the
-    common batch, so `batch_size` is the size of the whole batch whatever the number of processes.
-
-    Parameters
-    ----------
-    sources : list of (Tensor, Rows or None)
-        Aligned by row.
-    batch_size : int
-        Rows of a batch.
-    seed : int
-        Seed of the order.
-    device : torch.device
-        Where the tensors of a batch lie.
-    """
-
-    def __init__(self, sources, batch_size, seed, device):
-        self.sources = sources
-        self.n_samples = len(sources[0])
-        self.batch_size = min(int(batch_size), self.n_samples)
-        self.seed = int(seed)
-        self.device = device
-        self._block = max((getattr(source, "shuffle_block", 1) for source in sources), default=1)
-        self._reads = any(not isinstance(s, torch.Tensor) for s in sources if s is not None)
-
-    @property
-    def steps_per_epoch(self):
-        """Number of batches of an epoch."""
-        return len(self._bounds())
-
-    def epoch(self, epoch, start=0):
-        """Iterate over the batches of one epoch.
-
-        Parameters
-        ----------
-        epoch : int
-            Number of the epoch, from 0.
-        start : int, default=0
-            Batch to begin with: what a resumed run skips is never read.
-
-        Returns
-        -------
-        batches : iterator of tuples
-            One tensor (B, ...) per source, None for a source that is None.
-        """
-        batches = self._iterate(self._order(epoch), start)
-        return _ahead(batches) if self._reads and self.device.type == "cuda" else batches
-
-    def fingerprint(self):
-        """Values that tell these batches from others: sizes, seed, and a digest of some rows."""
-        sample = np.linspace(0, self.n_samples - 1, min(self.n_samples, 256)).astype(np.int64)
-        digest = hashlib.sha256()
-        for source in self.sources:
-            rows = None if source is None else take(source, torch.from_numpy(sample)).cpu()
-            digest.update(repr(None if rows is None else (rows.shape, rows.dtype)).encode())
-            digest.update(b"" if rows is None else rows.contiguous().view(torch.uint8).numpy())
-        return {
-            "n_samples": self.n_samples,
-            "batch_size": self.batch_size,
-            "order_seed": self.seed,
-            "data": digest.hexdigest()[:16],
-        }
-
-    def _bounds(self):
-        """Start and end of every batch in the order of an epoch."""
-        _, world = process_rank()
-        starts = list(range(0, self.n_samples, self.batch_size))
-        # Batch normalisation and every contrast between samples need two rows in each process.
-        if len(starts) > 1 and self.n_samples - starts[-1] < 2 * world:
-            starts.pop()
-        return list(zip(starts, [*starts[1:], self.n_samples], strict=True))
-
-    def _order(self, epoch):
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, _ORDER, epoch))
-        if self._block == 1:
-            return torch.randperm(self.n_samples, generator=generator)
-        # What comes from the disk is read in whole blocks: blocks in random order first, then rows
-        # in random order within each window of several blocks.
-        blocks = torch.randperm(-(-self.n_samples // self._block), generator=generator)
-        order = (blocks[:, None] * self._block + torch.arange(self._block)).flatten()
-        order = order[order < self.n_samples]
-        size = self._window() * self.batch_size
-        return torch.cat(
-            [part[torch.randperm(len(part), generator=generator)] for part in order.split(size)]
-        )
-
-    def _window(self):
-        """Batches per read: enough for eight blocks, within the bound on memory."""
-        if self._block == 1:
-            return 1
-        width = sum(math.prod(s.shape[1:]) for s in self.sources if s is not None)
-        fitting = _WINDOW_VALUES // max(self.batch_size * width, 1)
-        return max(1, min(-(-8 * self._block // self.batch_size), fitting))
-
-    def _iterate(self, order, start):
-        rank, world = process_rank()
-        bounds, step = self._bounds(), self._window()
-        if not self._reads:
-            order = order.to(self.device)
-        while start < len(bounds):
-            # A resumed epoch reads the rest of its window only.
-            stop = min(start - start % step + step, len(bounds))
-            parts = [order[low:high][rank::world] for low, high in bounds[start:stop]]
-            sizes = [len(part) for part in parts]
-            index = parts[0] if len(parts) == 1 else torch.cat(parts)
-            taken = [None if s is None else self._send(take(s, index)) for s in self.sources]
-            pieces = [[None] * len(sizes) if t is None else t.split(sizes) for t in taken]
-            yield from zip(*pieces, strict=True)
-            start = stop
-
-    def _send(self, rows):
-        if rows.device == self.device:
-            return rows
-        if self.device.type == "cuda":
-            rows = rows.pin_memory()
-        return rows.to(self.device, non_blocking=True)
-
-
-def make_batches(rows, *aligned, batch_size, seed=0, device="auto"):
-    """Make the batches of a fit.
-
-    Data that lie in memory as one tensor go to the device once and are indexed there; sparse and
-    backed rows are made dense batch by batch, backed ones in blocks of neighbours.
-
-    Parameters
-    ----------
-    rows : Rows, Tensor or ndarray of shape (n, ...)
-        The samples.
-    *aligned : Rows, Tensor, ndarray or None, each of shape (n, ...)
-        What goes with the samples row by row: positives, embeddings, labels, row numbers. float64
-        becomes float32. A None stays None in every batch, so that a loss function with an optional
-        argument needs one form only.
-    batch_size : int
-        Rows of a batch, clipped to n; a last batch of one row joins the batch before it.
-    seed : int, default=0
-        Seed of the order; each epoch has its own.
-    device : str or torch.device, default="auto"
-        Where the loop trains.
-
-    Returns
-    -------
-    batches : Batches
-
-    Raises
-    ------
-    ValueError
-        If the sources differ in length, or `batch_size` is below 1.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from diffaugkit.training import make_batches
-    >>> batches = make_batches(torch.zeros(7, 2), torch.arange(7), batch_size=3, device="cpu")
-    >>> [len(index) for _, index in batches.epoch(0)]
-    [3, 4]
-    """
-    device = resolve_device(device)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    sources = [_source(source) for source in (rows, *aligned)]
-    lengths = [len(source) for source in sources if source is not None]
-    if len(set(lengths)) != 1 or sources[0] is None:
-        raise ValueError(f"Rows and what is aligned with them differ in length: {lengths}.")
-    sources = [_settle(source, device) for source in sources]
-    return Batches(sources, batch_size, seed, device)
-
-
-def _source(source):
-    if source is None or isinstance(source, torch.Tensor):
-        return source
-    if hasattr(source, "resident"):
-        return source.tensor if source.resident else source
-    return torch.as_tensor(np.asarray(source))
-
-
-def _settle(source, device):
-    if not isinstance(source, torch.Tensor):
-        return source
-    source = source.detach()
-    if source.dtype == torch.float64:
-        source = source.float()
-    if device.type == "cuda" and not source.is_cuda:
-        free, _ = torch.cuda.mem_get_info(device)
-        # The other half is for the model and its activations.
-        if source.nbytes > free // 2:
-            return source
-    return source.to(device)
-
-
-def take(source, index):
-    """Read rows of a tensor or of Rows.
-
-    Parameters
-    ----------
-    source : Tensor or Rows of shape (n, ...)
-    index : Tensor of shape (B,), int64
-        On any device.
-
-    Returns
-    -------
-    Tensor of shape (B, ...)
-        Where the tensor lies; on the CPU for Rows.
-    """
-    if isinstance(source, torch.Tensor):
-        return source.index_select(0, index.to(source.device))
-    return source[index.cpu().numpy()]
-
-
-def _ahead(batches):
-    """Fetch the next batch in a thread while the device works on this one."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(next, batches, None)
-        while (batch := waiting.result()) is not None:
-            waiting = pool.submit(next, batches, None)
-            yield batch
 
 
 # ---- schedule and averages -----------------------------------------------------------------------
@@ -675,7 +174,7 @@ def fit_loop(
         (scalars) are logged. It calls the module or parts of it, gets float32 back at any
         precision, and draws with ``torch.rand`` and its kin as it likes, from no other stream.
     batches : Batches
-        From :func:`make_batches`, or any object with ``steps_per_epoch`` and
+        From :func:`~diffaugkit.batches.make_batches`, or any object with ``steps_per_epoch`` and
         ``epoch(e, start=0)`` -> iterator of tuples of tensors, a pure function of e.
     max_epochs : int
         Passes over the data.
@@ -751,7 +250,8 @@ def fit_loop(
     Examples
     --------
     >>> import torch
-    >>> from diffaugkit.training import fit_loop, make_batches
+    >>> from diffaugkit.batches import make_batches
+    >>> from diffaugkit.training import fit_loop
     >>> X = torch.linspace(-1, 1, 40)[:, None]
     >>> line = torch.nn.Linear(1, 1)
     >>> batches = make_batches(X, 2 * X + 1, batch_size=10, device="cpu")
@@ -784,8 +284,8 @@ def fit_loop(
     _check_settings(settings)
     callbacks = [callbacks] if callable(callbacks) else list(callbacks or ())
 
-    with isolated_rng(seed, device), _tf32(device), contextlib.ExitStack() as stack:
-        processes = stack.enter_context(_processes(device))
+    with isolated_rng(seed, device), tf32(device), contextlib.ExitStack() as stack:
+        processes = stack.enter_context(all_processes(device))
         module.to(device)
         step_module = processes.prepare(_Step(module, loss_fn))
         steps_per_epoch = batches.steps_per_epoch
@@ -817,7 +317,7 @@ def fit_loop(
                     # fetch the batch
                     batch = _on_device(batch, device)
                     position = state.epoch * steps_per_epoch + state.batch
-                    _seed_generators(mix_seed(seed, _STEP, position, processes.rank), device)
+                    seed_generators(mix_seed(seed, _STEP, position, processes.rank), device)
 
                     # forward
                     in_group = state.batch % accumulate
@@ -1168,95 +668,3 @@ def _digest(tensors):
     for tensor in tensors.values():
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-# ---- processes -----------------------------------------------------------------------------------
-
-
-def process_rank():
-    """Rank and number of the processes that train together.
-
-    Returns
-    -------
-    rank, world : int
-        ``(0, 1)`` for a process on its own.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-class _Alone:
-    """What the loop needs from the others, where there are none."""
-
-    rank, world = 0, 1
-
-    def prepare(self, module):
-        return module
-
-    def no_sync(self, module):
-        return contextlib.nullcontext()
-
-    def backward(self, loss):
-        loss.backward()
-
-    def wait(self):
-        pass
-
-    def mean(self, table):
-        return table
-
-    def any(self, stops):
-        return any(stops)
-
-    def share(self, tensors):
-        pass
-
-
-class _Together:
-    """The processes of a launcher: accelerate's Accelerator, and a group for what the loop says."""
-
-    def __init__(self, accelerator, device):
-        self.rank, self.world = process_rank()
-        self._device = device
-        self.prepare, self.backward = accelerator.prepare, accelerator.backward
-        self.no_sync, self.wait = accelerator.no_sync, accelerator.wait_for_everyone
-        self._group = torch.distributed.new_group()
-
-    def mean(self, table):
-        torch.distributed.all_reduce(table, group=self._group)
-        return table / self.world
-
-    def any(self, stops):
-        votes = torch.tensor(int(any(stops)), device=self._device)
-        torch.distributed.all_reduce(votes, group=self._group)
-        return bool(votes.item())
-
-    def share(self, tensors):
-        for tensor in tensors:
-            torch.distributed.broadcast(tensor, 0, group=self._group)
-
-    def close(self):
-        torch.distributed.destroy_process_group(self._group)
-
-
-@contextlib.contextmanager
-def _processes(device):
-    launched = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not launched and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        # An Accelerator fixes the device of the whole program: a fit must not do that unasked.
-        yield _Alone()
-        return
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    # A part that a batch leaves unused (a null condition, say) must not stall the others.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unused])
-    # gloo's threads let go of a Python tensor some time after its exchange, and abort a program
-    # that ends meanwhile. Closing a group ends its threads, but not if DDP has used it.
-    together = _Together(accelerator, device)
-    try:
-        yield together
-    finally:
-        together.close()

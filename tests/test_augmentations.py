@@ -18,7 +18,7 @@ from diffaugkit.augmentations import (
     neighbor_mixup,
 )
 from diffaugkit.rows import DenseRows, MappedRows
-from diffaugkit.training import isolated_rng
+from diffaugkit.runtime import isolated_rng
 
 
 def obvious(X, k):

@@ -21,7 +21,7 @@ from diffaugkit.autoencoder import (
     adaptive_weight,
 )
 from diffaugkit.image_rows import to_unit
-from diffaugkit.training import isolated_rng
+from diffaugkit.runtime import isolated_rng
 
 TINY = {"downsampling": 2, "block_out_channels": (8, 16), "max_epochs": 2, "batch_size": 16}
 

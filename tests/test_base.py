@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffaugkit.base import Interval, StrOptions, TorchEstimator, _fit_context, _on_cpu
-from diffaugkit.training import isolated_rng, make_batches
+from diffaugkit.batches import make_batches
+from diffaugkit.runtime import isolated_rng
 
 
 class Line(TransformerMixin, TorchEstimator):

@@ -16,7 +16,7 @@ from diffaugkit.denoisers import (
     record_attention,
     unet_size,
 )
-from diffaugkit.training import isolated_rng
+from diffaugkit.runtime import isolated_rng
 
 SMALL = {"block_out_channels": (8, 16), "n_attention_levels": 1}
 

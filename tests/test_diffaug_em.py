@@ -105,7 +105,7 @@ def test_one_run_is_the_algorithm_written_out(blobs):
     encoder = clone(model.encoder_).set_params(max_epochs=2, warm_start=True).fit(X)
     diffusion = clone(model.diffusion_).fit(X, embeddings=encoder.transform(X))
     y = encoder.transform(X)
-    seed = diffaugkit.training.mix_seed(0, 1)
+    seed = diffaugkit.runtime.mix_seed(0, 1)
     views = list(diffusion._views(y, 2, seed))
     assert not np.array_equal(np.asarray(views[0]), np.asarray(views[1]))
     encoder.fit(X, positives=[np.asarray(view) for view in views])

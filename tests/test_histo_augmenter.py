@@ -21,7 +21,7 @@ from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder
 from diffaugkit.diffusion import Diffusion, row_noise
 from diffaugkit.histo_augmenter import HistoDiffusionAugmenter
 from diffaugkit.histo_networks import LatentClassifier, class_gradient, classifier_guided
-from diffaugkit.training import isolated_rng
+from diffaugkit.runtime import isolated_rng
 
 DIFFUSION = {"width": 8, "n_blocks": 1, "n_pcs": 4, "max_epochs": 2, "random_state": 0}
 UNET = {"block_out_channels": (8, 8), "max_epochs": 1, "random_state": 0}
@@ -383,7 +383,7 @@ def test_selection_against_its_definition(blobs, labelled, pretrained):
             row["distance_real"], np.linalg.norm(real[y == c] - centroids[k], axis=1).mean()
         )
         # The first candidates of the class, in the order of the paper's rule.
-        seed = diffaugkit.training.mix_seed(augmenter._sampling_seed, k, 0)
+        seed = diffaugkit.runtime.mix_seed(augmenter._sampling_seed, k, 0)
         drawn = augmenter._generate(np.full(48, k), seed)
         far = np.linalg.norm(
             unit(encoder.transform(drawn).astype(np.float64))[:, None] - centroids, axis=2
@@ -405,7 +405,7 @@ def test_random_selection_keeps_what_comes_first(fitted, labelled):
     X_more, y_more = augmenter.fit_resample(*labelled)
     assert augmenter.selection_["candidates"].tolist() == [4, 4, 4]
     assert augmenter.selection_["kept"].tolist() == [4, 4, 4]
-    seed = diffaugkit.training.mix_seed(augmenter._sampling_seed, 1, 0)
+    seed = diffaugkit.runtime.mix_seed(augmenter._sampling_seed, 1, 0)
     np.testing.assert_array_equal(X_more[28:32], augmenter._generate(np.full(4, 1), seed))
     assert list(y_more[24:]) == ["a"] * 4 + ["b"] * 4 + ["c"] * 4
 

@@ -22,12 +22,12 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.utils.estimator_checks import check_estimator
 
-from diffaugkit import training
+from diffaugkit import batches as batches_module
+from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.image_files import FileImageRows, list_images
 from diffaugkit.image_rows import ImageRows, from_unit, to_unit
 from diffaugkit.rows import DenseRows, MappedRows, Rows, TemporaryRows
-from diffaugkit.training import make_batches
 
 N, H, W = 12, 9, 7
 
@@ -682,7 +682,7 @@ def test_shards_are_read_once_by_all_ranks(truth, tmp_path, monkeypatch):
     for world in (1, 2, 3):
         seen = []
         for rank in range(world):
-            monkeypatch.setattr(training, "process_rank", lambda at=(rank, world): at)
+            monkeypatch.setattr(batches_module, "process_rank", lambda at=(rank, world): at)
             read, decode = [], rows._decode
             with monkeypatch.context() as patch:
                 patch.setattr(rows, "_decode", lambda s, d=decode, r=read: r.append(1) or d(s))

@@ -15,8 +15,8 @@ from diffaugkit import spaces as spaces_file
 from diffaugkit.data import check_X
 from diffaugkit.denoisers import UNetDenoiser
 from diffaugkit.diffusion import SAMPLERS, Diffusion, row_noise
+from diffaugkit.runtime import isolated_rng
 from diffaugkit.spaces import LatentSpace, PixelSpace, space_from_state
-from diffaugkit.training import isolated_rng
 
 TINY = {
     "block_out_channels": (8, 16),

@@ -23,7 +23,7 @@ from diffaugkit.objectives import (
     MoCoObjective,
     feature_spread,
 )
-from diffaugkit.training import isolated_rng
+from diffaugkit.runtime import isolated_rng
 
 METHODS = ["dino", "simclr", "mocov2", "byol", "simsiam", "scl"]
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffaugkit.image_store import StoredRows, fingerprint, stored_samples
-from diffaugkit.training import isolated_rng
+from diffaugkit.runtime import isolated_rng
 
 N, SHAPE = 23, (3, 4, 5)
 SETTINGS = {"seed": 1, "generator": "abc"}

@@ -13,7 +13,7 @@ from sklearn.utils.estimator_checks import check_param_validation, parametrize_w
 
 from diffaugkit import load
 from diffaugkit.mil import AttentionMILClassifier, BagNetwork
-from diffaugkit.training import isolated_rng
+from diffaugkit.runtime import isolated_rng
 
 
 def tiny(**more):

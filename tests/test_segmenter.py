@@ -14,6 +14,7 @@ from sklearn.utils.estimator_checks import check_param_validation, parametrize_w
 
 from diffaugkit import EmbeddingConditionedDiffusion, load
 from diffaugkit.metrics import dice_score
+from diffaugkit.runtime import isolated_rng
 from diffaugkit.segmentation_data import (
     IGNORED,
     ImageList,
@@ -25,7 +26,6 @@ from diffaugkit.segmentation_data import (
 from diffaugkit.segmentation_networks import AttentionUNet, KeepBest, SegmentationNetwork
 from diffaugkit.segmentation_tiles import blending_window
 from diffaugkit.segmenter import DiffusionSegmenter
-from diffaugkit.training import isolated_rng
 
 pytest.importorskip("diffusers")
 

@@ -15,17 +15,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffaugkit.training import (
-    NonFiniteLossError,
-    fit_loop,
+from diffaugkit.batches import make_batches
+from diffaugkit.runtime import (
     isolated_rng,
-    make_batches,
     mix_seed,
     reduced_precision,
     resolve_device,
     resolve_precision,
-    scheduled_rate,
 )
+from diffaugkit.training import NonFiniteLossError, fit_loop, scheduled_rate
 
 ROOT = Path(__file__).parents[1]
 
@@ -560,7 +558,7 @@ def test_rows_of_the_gate():
 
 
 def test_the_thread_that_reads_ahead_keeps_order_and_errors():
-    from diffaugkit.training import _ahead
+    from diffaugkit.batches import _ahead
 
     def batches():
         yield from ((k,) for k in range(5))

@@ -76,8 +76,10 @@ class Judge:
         self.steps, self.seed = steps, seed
 
     def fit(self, X, y):
+        from diffaugkit.batches import make_batches
         from diffaugkit.networks import small_resnet
-        from diffaugkit.training import fit_loop, isolated_rng, make_batches
+        from diffaugkit.runtime import isolated_rng
+        from diffaugkit.training import fit_loop
 
         with isolated_rng(self.seed):
             body = small_resnet(X.shape[1:], width=16)
