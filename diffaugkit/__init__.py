@@ -6,8 +6,9 @@ losses, segmentation_losses, arrays, metrics, rows, image_rows, image_files, ima
 datasets, decomposition, augmentations, networks, objectives, denoisers, diffusion, persistence,
 runtime, batches, training, base, preprocessing, autoencoder, encoder_fits, encoder, spaces,
 embedding_diffusion, diffaug_em, image_store, gen_sis, resampling, augmenter, histo_networks,
-histo_augmenter, segmentation_data, segmentation_networks, segmentation_tiles, segmenter,
-zero_shot_segmenter, mil, slides, tissue, image_plotting, segmentation_plotting, plotting.
+histo_augmenter, segmentation_data, segmentation_networks, segmentation_tiles, pretrained_unet,
+segmenter, detection_boxes, detection_head, detector, zero_shot_segmenter, mil, slides, tissue,
+image_plotting, segmentation_plotting, plotting.
 """
 
 import importlib
@@ -19,6 +20,7 @@ _HOMES = {
     "AttentionMILClassifier": "mil",
     "CellPreprocessor": "preprocessing",
     "DiffAugEM": "diffaug_em",
+    "DiffusionDetector": "detector",
     "DiffusionSegmenter": "segmenter",
     "EmbeddingConditionedDiffusion": "embedding_diffusion",
     "EmbeddingDisplay": "plotting",
@@ -34,6 +36,7 @@ _HOMES = {
     "TissueTiles": "tissue",
     "TrainingCurveDisplay": "plotting",
     "ZeroShotSegmenter": "zero_shot_segmenter",
+    "boxes_from_masks": "detection_boxes",
     "load": "persistence",
     "save": "persistence",
 }

@@ -2,9 +2,11 @@
 
 This is the one public door. Reading order of the files behind it:
 
-checks, embeddings, probe, neighbors, generation, quality, images, segmentation.
+checks, embeddings, probe, neighbors, generation, quality, images, segmentation,
+detection.
 """
 
+from diffaugkit.metrics.detection import box_average_precision, mean_box_iou
 from diffaugkit.metrics.embeddings import (
     clustering_accuracy,
     kmeans_scores,
@@ -69,6 +71,7 @@ __all__ = [
     "QualityReport",
     "WeightedKNNClassifier",
     "boundary_f",
+    "box_average_precision",
     "clustering_accuracy",
     "copy_detection_features",
     "copy_ratio",
@@ -95,6 +98,7 @@ __all__ = [
     "make_generation_scorer",
     "matched_dice",
     "matched_iou",
+    "mean_box_iou",
     "nearest_training_samples",
     "object_aji",
     "object_f1",

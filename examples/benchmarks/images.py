@@ -63,6 +63,14 @@ def load_images(name, seed):
     return X[~test], y[~test], X[test], y[test], group[~test]
 
 
+def shrink(X, size):
+    """Images (n, size, size, c) uint8, each pixel the mean of those that it covers."""
+    from PIL import Image
+
+    shape = size, size
+    return np.stack([np.asarray(Image.fromarray(x).resize(shape, Image.Resampling.BOX)) for x in X])
+
+
 def judge(encoder, X, y, X_test, y_test):
     """Weighted k-NN and logistic regression of held-out images, accuracy in percent."""
     from diffaugkit.metrics import weighted_knn_accuracy
@@ -86,6 +94,8 @@ def run(args, results):
     for name in args.sets:
         for seed in args.seeds:
             X, y, X_test, y_test, groups = load_images(name, seed)
+            if args.size:
+                X, X_test = shrink(X, args.size), shrink(X_test, args.size)
             if args.quick:
                 X, y = X[::16], y[::16]
                 groups = None if groups is None else groups[::16]
@@ -102,7 +112,8 @@ def run(args, results):
                     options["batch_size"] = args.batch_size
                 return SelfSupervisedEncoder(method, random_state=seed, **options)
 
-            key = f"{name}|{'auto' if crops is None else crops}|{seed}"
+            side = X.shape[1]
+            key = f"{name} {side}|{'auto' if crops is None else crops}|{seed}"
             todo = [v for v in args.variants if f"{key}|{v}" not in results.read()]
             if not todo:
                 continue
@@ -210,6 +221,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--local-crops", type=int, help="default: the library's")
+    parser.add_argument("--size", type=int, help="side of the images, pixels; default: their own")
     parser.add_argument("--epochs", type=int, help="of every encoder; default: the library's")
     parser.add_argument("--batch-size", type=int, help="of every encoder; default: the library's")
     parser.add_argument("--diffusion-epochs", type=int, help="default: the library's")

@@ -1,0 +1,253 @@
+"""The first phase of GenSelfDiff-HIS: a U-Net pre-trained without labels, for what comes after.
+
+What the estimators that fine-tune it share: reading images of any size, patches, the split by
+groups, the network, and its pre-training by denoising or one of the paper's other pretext tasks.
+"""
+
+import copy
+import os
+from numbers import Integral, Real
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.base import clone
+from sklearn.frozen import FrozenEstimator
+from sklearn.utils.validation import check_is_fitted
+
+from diffaugkit.base import HasMethods, Interval, StrOptions, TorchEstimator
+from diffaugkit.batches import make_batches
+from diffaugkit.data import check_X
+from diffaugkit.denoisers import UNetDenoiser, unet_size
+from diffaugkit.diffusion import WEIGHTINGS, Diffusion
+from diffaugkit.encoder_fits import auto_epochs
+from diffaugkit.image_files import list_images
+from diffaugkit.image_inputs import reading_range
+from diffaugkit.image_rows import to_unit
+from diffaugkit.runtime import isolated_rng
+from diffaugkit.segmentation_data import ImageList, PatchRows, erase_boxes, swap_cells, vary_pairs
+from diffaugkit.segmentation_networks import AttentionUNet
+
+__all__ = ["PretrainedUNet"]
+
+_PRETEXTS = ("diffusion", "inpainting", "context_restoration")
+_LARGEST_AUTO_PATCH = 128
+_PAPER_WIDTHS = (64, 128, 256, 512)
+
+
+class PretrainedUNet(TorchEstimator):
+    """Base class of those that pre-train a U-Net on images alone and fine-tune it with labels.
+
+    A subclass lists the parameters below in its own ``__init__``, as scikit-learn reads them there;
+    :class:`~diffaugkit.DiffusionSegmenter` says what they mean. ``fit`` sets ``patch_shape_``, and
+    ``diffusion_`` to None, before it calls ``_pretrain``.
+    """
+
+    _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
+        **TorchEstimator._parameter_constraints,
+        "diffusion": [HasMethods(["fit", "sample"]), StrOptions({"auto"}), None],
+        "pretext": [StrOptions(set(_PRETEXTS)), None],
+        "loss_weighting": [StrOptions(set(WEIGHTINGS))],
+        "n_timesteps": [Interval(Integral, 2, None, closed="left")],
+        "denoiser": [StrOptions({"unet", "attention_unet"})],
+        "block_out_channels": [tuple, list, StrOptions({"auto"})],
+        "patch_size": [Interval(Integral, 1, None, closed="left"), tuple, StrOptions({"auto"})],
+        "stride": [Interval(Integral, 1, None, closed="left"), tuple, StrOptions({"auto"})],
+        "augment": ["boolean"],
+        "classes": ["array-like", None],
+        "validation_fraction": [Interval(Real, 0, 1, closed="left")],
+        "overlap": [Interval(Real, 0, 1, closed="left")],
+        "image_shape": [tuple, list, None],
+        "pretrain_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "max_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+    }
+
+    def _pretrain(self, images, seed):
+        """Phase one: the U-Net after its pretext task, and what it logged."""
+        patches = PatchRows(images, range(len(images)), self.patch_shape_, self._strides())
+        if self.diffusion not in ("auto", None):
+            self.diffusion_ = self._fit_diffusion(patches, seed)
+            return copy.deepcopy(self.diffusion_.module_).cpu(), _logged(self.diffusion_)
+        with isolated_rng(self._child_seed(seed, 0)):
+            denoiser = self._make_denoiser()
+        if self.diffusion is None or self.pretext is None:
+            return denoiser, []
+        pixel_range = patches.pixel_range
+        diffusion = Diffusion(self.n_timesteps, "scaled_linear")
+
+        def clean(x):
+            return torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+        def loss(x):
+            x = to_unit(x, pixel_range)
+            if self.augment:
+                x, _ = vary_pairs(x, x[:, :1], color=False)
+            if self.pretext == "diffusion":
+                return diffusion.loss(denoiser, x, weighting=self.loss_weighting)
+            if self.pretext == "context_restoration":
+                return (denoiser(swap_cells(x), clean(x)) - x).square().mean()
+            erased, holes = erase_boxes(x)
+            error = (denoiser(erased, clean(x)) - x).square().mean(dim=1, keepdim=True)
+            return (error * holes).sum() / holes.sum().clamp(min=1)
+
+        batches = self._batches(patches, seed=self._child_seed(seed, 1))
+        steps = batches.steps_per_epoch
+        denoiser, history = self._fit_loop(
+            denoiser,
+            loss,
+            batches,
+            seed=self._child_seed(seed, 1),
+            max_epochs=auto_epochs(self.pretrain_epochs, steps, paper=100, most_steps=2_000),
+            warmup=0.05,
+            grad_clip=1.0,
+            checkpoint_dir=self._folder("pretraining"),
+        )
+        return denoiser.cpu(), [{"phase": "pretraining", **row} for row in history]
+
+    def _make_denoiser(self):
+        shape = (self.image_shape_[2], *self.patch_shape_)
+        widths = self.block_out_channels
+        if self.denoiser == "attention_unet":
+            return AttentionUNet(shape[0], _PAPER_WIDTHS if widths == "auto" else widths)
+        size = unet_size(shape)
+        if widths != "auto":
+            size["block_out_channels"] = tuple(widths)
+        return UNetDenoiser(shape[0], **size)
+
+    def _fit_diffusion(self, patches, seed):
+        diffusion = clone(self.diffusion)
+        if not isinstance(diffusion, FrozenEstimator):
+            own = diffusion.checkpoint_dir
+            if diffusion.random_state is None:
+                diffusion.set_params(random_state=self._child_seed(seed, 0))
+            if own is None:
+                diffusion.set_params(checkpoint_dir=self._folder("diffusion"))
+            diffusion.fit(patches).set_params(checkpoint_dir=own)
+        check_is_fitted(diffusion)
+        shape = diffusion.image_shape_
+        if shape is None or getattr(diffusion, "autoencoder_", None) is not None:
+            raise TypeError(
+                f"diffusion was fitted on vectors or latents: {type(self).__name__} starts from "
+                "the U-Net of pixels, EmbeddingConditionedDiffusion(encoder=None, "
+                "autoencoder=None)."
+            )
+        if shape[2] != patches.shape[1]:
+            raise ValueError(
+                f"diffusion was fitted on images of {shape[2]} channels, but X has "
+                f"{patches.shape[1]}."
+            )
+        return diffusion
+
+    def _unet(self):
+        """Make the network of a fitted estimator anew, for its weights to be loaded."""
+        given = self.diffusion_
+        return self._make_denoiser() if given is None else copy.deepcopy(given.module_)
+
+    # ---- input -----------------------------------------------------------------------------------
+
+    def _read(self, X, *, reset):
+        """Images of any container as an ImageList; what is learned of them is of the first one."""
+        if self.image_shape is not None:
+            parts = [self._images_only(check_X(self, X, reset=reset, **self._gate()))]
+        elif (items := _items(X)) is None:
+            parts = [self._gated(X, reset)]
+        else:
+            parts = []
+            for row, item in enumerate(items):
+                try:
+                    parts.append(self._gated([item], reset and not row))
+                except (ValueError, TypeError) as error:
+                    raise type(error)(f"Row {row} of X: {error}") from error
+        n_channels = parts[0].shape[1] if reset else self.image_shape_[2]
+        for row, part in enumerate(parts):
+            if part.shape[1] != n_channels:
+                where = f"row {row} of X" if len(parts) > 1 else "X"
+                raise ValueError(
+                    f"The images in {where} have {part.shape[1]} channels, but "
+                    f"{type(self).__name__} was fitted on {n_channels}."
+                )
+        images = ImageList(parts, [part.pixel_range for part in parts])
+        if reset:
+            self._pixel_range = images.common_range()
+            return ImageList(parts, [self._pixel_range] * len(parts))
+        name = type(self).__name__
+        return ImageList(parts, [reading_range(name, part, self._pixel_range) for part in parts])
+
+    def _gated(self, X, reset):
+        # After fit images may have any size, so the gate learns the size anew, on a stand-in.
+        learner = self if reset else type(self)(**self.get_params(deep=False))
+        return self._images_only(check_X(learner, X, reset=True, **self._gate()))
+
+    def _images_only(self, rows):
+        if not rows.is_image:
+            raise ValueError(
+                f"{type(self).__name__} takes images, but X has vectors: give image_shape=(height, "
+                "width, channels) if its rows are flattened images."
+            )
+        return rows
+
+    def _gate(self):
+        return {"image_shape": self.image_shape, "images": True}
+
+    def _split(self, n, groups, seed):
+        """Numbers of the images to train on, and of those held out or None, by whole groups."""
+        units = np.arange(n) if groups is None else np.asarray(groups)
+        if units.shape != (n,):
+            raise ValueError(f"groups has shape {units.shape}, but X has {n} images: one each.")
+        names, unit = np.unique(units, return_inverse=True)
+        n_held = min(round(self.validation_fraction * len(names)), len(names) - 1)
+        if not n_held:
+            return np.arange(n), None
+        order = np.random.default_rng(self._child_seed(seed, 4)).permutation(len(names))
+        is_held = np.isin(unit, order[:n_held])
+        return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+    def _make_patch_shape(self, images):
+        if self.patch_size == "auto":
+            sizes = np.array([images.size(row) for row in range(len(images))])
+            return tuple(int(side) for side in sizes.min(axis=0).clip(max=_LARGEST_AUTO_PATCH))
+        return _pair(self.patch_size, "patch_size")
+
+    def _strides(self):
+        if self.stride == "auto":
+            return tuple(max(1, side // 2) for side in self.patch_shape_)
+        return _pair(self.stride, "stride")
+
+    def _batches(self, *rows, seed):
+        return make_batches(*rows, batch_size=self.batch_size, seed=seed, device=self._device())
+
+    def __sklearn_tags__(self):  # noqa: D105
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = False
+        tags.target_tags.required = True
+        return tags
+
+
+def _items(X):
+    """Images of a list, an array of objects or a folder, one by one; None for anything else."""
+    if isinstance(X, str | os.PathLike) and Path(X).is_dir():
+        return list_images(X)[0]
+    if not isinstance(X, list | tuple) and not (
+        len(getattr(X, "shape", ())) == 1 and getattr(X, "dtype", None) is not None
+    ):
+        return None
+    items = list(X)
+    first = items[0] if items else None
+    is_path = isinstance(first, str | os.PathLike)
+    is_picture = hasattr(first, "getbands") or len(getattr(first, "shape", ())) in (2, 3)
+    if not (is_path or is_picture) or str(first).endswith(".tar"):
+        return None
+    return items
+
+
+def _pair(value, name):
+    sides = (value, value) if isinstance(value, Integral) else tuple(value)
+    if len(sides) != 2 or not all(isinstance(s, Integral) and s >= 1 for s in sides):
+        raise ValueError(f"{name}={value!r} must be a number of pixels, or (height, width).")
+    return int(sides[0]), int(sides[1])
+
+
+def _logged(diffusion):
+    if isinstance(diffusion, FrozenEstimator):
+        return []
+    return [{"phase": "pretraining", **row} for row in diffusion.history_.to_dict("records")]
