@@ -395,9 +395,9 @@ class DiffusionSegmenter(PretrainedUNet):
         Returns
         -------
         float
-            2 |A n B| / (|A| + |B|) per class, without the first one, the background; mean over the
-            classes that an image has, or was predicted to have, then over the images that have any.
-            1 if none has. Pixels of `ignore_label` do not count.
+            ``2 |A n B| / (|A| + |B|)`` per class, without the first one, the background; mean over
+            the classes that an image has, or was predicted to have, then over the images that have
+            any. 1 if none has. Pixels of `ignore_label` do not count.
         """
         check_is_fitted(self, "module_")
         images = self._read(X, reset=False)

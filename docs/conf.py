@@ -28,7 +28,7 @@ autodoc_default_options = {
     "exclude-members": "set_fit_request, set_score_request, set_inverse_transform_request",
 }
 # Inherited docstrings refer to pages of scikit-learn.
-suppress_warnings = ["ref.ref"]
+suppress_warnings = ["ref.ref", "ref.term", "sphinx_gallery.duplicate_filename"]
 default_role = "literal"
 
 # Examples take minutes: they are shown, not run.
