@@ -32,7 +32,6 @@ from diffaugkit.detection_head import (
     pixel_maps,
     places_of,
 )
-from diffaugkit.encoder_fits import auto_epochs
 from diffaugkit.image_rows import to_unit
 from diffaugkit.metrics.detection import box_average_precision
 from diffaugkit.pretrained_unet import PretrainedUNet
@@ -294,11 +293,11 @@ class DiffusionDetector(PretrainedUNet):
         device = self._device()
         places = places_of(size, s, device)
         numbers = torch.arange(math.prod(size), device=device).reshape(1, 1, *size)
-        own, module = [], network
+        module, validation = network, None
         if held is not None:
             module = KeepBest(network)
-            picked = _Picked(images, held)
-            own = [self._validation(module, picked, [truth[number] for number in held])]
+            picked = images.take(held)
+            validation = self._validation(module, picked, [truth[number] for number in held])
 
         def loss(x, target):
             x, boxes = to_unit(x, pixel_range), target[..., :4]
@@ -307,22 +306,7 @@ class DiffusionDetector(PretrainedUNet):
                 boxes = flip_boxes(boxes, moved, size)
             return detection_loss(module(x), places, boxes, target[..., 4], s)
 
-        given = self.callbacks
-        given = [given] if callable(given) else list(given or ())
-        steps = batches.steps_per_epoch
-        _, history = self._fit_loop(
-            module,
-            loss,
-            batches,
-            seed=self._child_seed(seed, 3),
-            max_epochs=auto_epochs(self.max_epochs, steps, paper=150),
-            warmup=0.05,
-            grad_clip=1.0,
-            callbacks=own + given,
-            checkpoint_dir=self._folder("finetuning"),
-        )
-        network = network if held is None else module.restore()
-        return network.eval(), [{"phase": "finetuning", **row} for row in history]
+        return self._train_with_labels(module, loss, batches, validation, seed)
 
     def _validation(self, module, images, truth):
         """Make the callback that scores epochs on held-out images and keeps the best weights."""
@@ -449,22 +433,3 @@ class DiffusionDetector(PretrainedUNet):
 
     def _build(self):
         return self._with_head(self._unet())
-
-
-class _Picked:
-    """Some of the images of an ImageList, numbered anew."""
-
-    def __init__(self, images, numbers):
-        self._images, self._numbers = images, numbers
-
-    def __len__(self):
-        return len(self._numbers)
-
-    def size(self, number):
-        return self._images.size(self._numbers[number])
-
-    def pixel_range(self, number):
-        return self._images.pixel_range(self._numbers[number])
-
-    def read(self, number):
-        return self._images.read(self._numbers[number])

@@ -104,6 +104,29 @@ class PretrainedUNet(TorchEstimator):
         )
         return denoiser.cpu(), [{"phase": "pretraining", **row} for row in history]
 
+    def _train_with_labels(self, module, loss, batches, validation, seed):
+        """Phase two: the network after it, and what it logged.
+
+        `validation` is the callback that scores each epoch and offers it to `module`, a KeepBest;
+        None where nothing is held out and `module` is the network itself.
+        """
+        given = self.callbacks
+        given = [given] if callable(given) else list(given or ())
+        steps = batches.steps_per_epoch
+        _, history = self._fit_loop(
+            module,
+            loss,
+            batches,
+            seed=self._child_seed(seed, 3),
+            max_epochs=auto_epochs(self.max_epochs, steps, paper=150),
+            warmup=0.05,
+            grad_clip=1.0,
+            callbacks=given if validation is None else [validation, *given],
+            checkpoint_dir=self._folder("finetuning"),
+        )
+        network = module if validation is None else module.restore()
+        return network.eval(), [{"phase": "finetuning", **row} for row in history]
+
     def _make_denoiser(self):
         shape = (self.image_shape_[2], *self.patch_shape_)
         widths = self.block_out_channels

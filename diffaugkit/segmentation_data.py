@@ -5,6 +5,7 @@ read as a whole or in part, and patches at a regular distance become Rows, which
 random patches with a stride. Functions on batches draw from torch's generators, per sample.
 """
 
+import copy
 import os
 from pathlib import Path
 
@@ -51,6 +52,12 @@ class ImageList:
         """Count the images."""
         return len(self._places)
 
+    def take(self, numbers):
+        """Select images, which are numbered anew; their common range stays that of all."""
+        some = copy.copy(self)
+        some._places, some._last = [self._places[number] for number in numbers], (None, None)
+        return some
+
     def size(self, number):
         """Height and width of an image."""
         return self._parts[self._places[number][0]].shape[2:]
@@ -85,11 +92,12 @@ class ImageList:
             return self
         if sum(len(part) * part.n_features for part in self._parts) > _KEPT_VALUES:
             return self
-        parts = [
+        some = copy.copy(self)
+        some._parts = [
             part if part.resident else ImageRows.like(part, np.asarray(part))
             for part in self._parts
         ]
-        return ImageList(parts, self._ranges)
+        return some
 
     def common_range(self):
         """Give the one pixel range of all images, (low, high).

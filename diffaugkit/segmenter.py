@@ -22,7 +22,6 @@ from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
 from diffaugkit.base import Interval, StrOptions, _fit_context, all_or_nothing
-from diffaugkit.encoder_fits import auto_epochs
 from diffaugkit.image_rows import to_unit
 from diffaugkit.pretrained_unet import PretrainedUNet
 from diffaugkit.runtime import isolated_rng, reduced_precision
@@ -282,11 +281,10 @@ class DiffusionSegmenter(PretrainedUNet):
         pixel_range = images.common_range()
         patches, truth = self._pairs(images, targets, train, self._strides())
         batches = self._batches(patches, truth, seed=self._child_seed(seed, 3))
-        own = []
-        module = network
+        module, validation = network, None
         if held is not None:
             module = KeepBest(network)
-            own = [self._validation(module, images, targets, held)]
+            validation = self._validation(module, images, targets, held)
 
         def loss(x, target):
             x = to_unit(x, pixel_range)
@@ -300,22 +298,7 @@ class DiffusionSegmenter(PretrainedUNet):
                 ignore_index=IGNORED,
             )
 
-        given = self.callbacks
-        given = [given] if callable(given) else list(given or ())
-        steps = batches.steps_per_epoch
-        _, history = self._fit_loop(
-            module,
-            loss,
-            batches,
-            seed=self._child_seed(seed, 3),
-            max_epochs=auto_epochs(self.max_epochs, steps, paper=150),
-            warmup=0.05,
-            grad_clip=1.0,
-            callbacks=own + given,
-            checkpoint_dir=self._folder("finetuning"),
-        )
-        network = network if held is None else module.restore()
-        return network.eval(), [{"phase": "finetuning", **row} for row in history]
+        return self._train_with_labels(module, loss, batches, validation, seed)
 
     def _validation(self, module, images, targets, held):
         """Make the callback that scores epochs on held-out patches and keeps the best weights."""
