@@ -591,7 +591,9 @@ class SelfSupervisedEncoder(TorchTransformer):
         import pandas as pd
 
         vars(self).update(state.fitted)
-        self.module_ = module.embedder if isinstance(module, Objective) else module
+        module = module.embedder if isinstance(module, Objective) else module
+        # As from a file: weights in plain order, which safetensors takes, too.
+        self.module_ = module.to(memory_format=torch.contiguous_format)
         self.history_ = pd.DataFrame(history)
         self.n_iter_ = len(history)
         return self

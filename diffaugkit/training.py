@@ -636,7 +636,11 @@ class _State:
         named = dict(self._module.named_parameters())
         for name, tensor in parts["optimizer"].items():
             key, _, of = name.partition(".")
-            self._optimizer.state[named[of]][key] = tensor.to(named[of].device)
+            own = named[of]
+            if tensor.shape == own.shape:
+                # Files know no memory format, and a fused optimiser reads memory as it lies.
+                tensor = torch.empty_like(own, dtype=tensor.dtype).copy_(tensor)
+            self._optimizer.state[own][key] = tensor.to(own.device)
 
     def save(self, processes):
         if self._folder is None:

@@ -428,6 +428,12 @@ def test_vectors_have_no_interpolations(blobs):
 # ---- the same again ------------------------------------------------------------------------------
 
 
+def test_weights_leave_a_fit_in_plain_order(X):
+    # They are channels last while they learn, which safetensors refuses.
+    encoder = SelfSupervisedEncoder("simclr", max_epochs=1, random_state=0).fit(X)
+    assert all(value.is_contiguous() for value in encoder.module_.state_dict().values())
+
+
 @every_method
 def test_a_killed_fit_ends_bit_for_bit_the_same(X, method, tmp_path):
     views = {"positives": [255 - X], "interpolations": None}

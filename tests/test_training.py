@@ -624,6 +624,35 @@ def test_resume_is_exact(toy, tmp_path, at, accumulate):
     assert whole[2] == rest[2]
 
 
+def test_resume_is_exact_where_weights_are_channels_last(tmp_path):
+    # A fused optimiser walks weights and moments side by side as they lie in memory, and a file
+    # holds the moments in plain order.
+    X = torch.randn(32, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def fit(folder=None, callbacks=None):
+        with isolated_rng(0):
+            module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 2))
+        module.to(memory_format=torch.channels_last)
+        batches = make_batches(X, batch_size=8, seed=0, device="cpu")
+        options = {"max_epochs": 4, "learning_rate": 0.01, "precision": "fp32", "device": "cpu"}
+        return fit_loop(
+            module,
+            lambda x: (module(x) - x.mean()).square().mean(),
+            batches,
+            checkpoint_dir=folder,
+            callbacks=callbacks,
+            **options,
+        )[0]
+
+    def stop(epoch, _):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, stop)
+    assert same(fit(tmp_path), fit())
+
+
 def test_a_finished_checkpoint_is_returned_at_once(toy, tmp_path):
     first = interrupted(toy, tmp_path)
     again = interrupted(toy, tmp_path, at=0)
