@@ -102,7 +102,8 @@ class SelfSupervisedEncoder(TorchTransformer):
     Parameters
     ----------
     method : {"auto", "scl", "simclr", "mocov2", "byol", "simsiam", "dino"}, default="auto"
-        What is learned from views: "auto" is ``"scl"`` for vectors and ``"dino"`` for images.
+        What is learned from views: "auto" is ``"scl"`` for vectors and ``"simclr"`` for images,
+        which learned most in a short fit on few images (see ``docs/benchmarks.md``).
         ``"scl"``: soft contrastive loss of DiffAug, with a map. ``"simclr"``: InfoNCE within a
         batch (of vectors: on the map z, the ablation B3 of DiffAug). ``"mocov2"``: InfoNCE against
         a queue. ``"byol"``, ``"simsiam"``: no negatives. ``"dino"``: self-distillation, whose
@@ -607,7 +608,7 @@ class SelfSupervisedEncoder(TorchTransformer):
     def _method(self, images):
         if self.method != "auto":
             return self.method
-        return "dino" if images else "scl"
+        return "simclr" if images else "scl"
 
     def _weight_decay(self, images):
         decay = self.weight_decay

@@ -67,8 +67,9 @@ class GenSIS(TorchTransformer):
         natural images (1 for tissue). 0 trains on interpolations alone.
     positives_prob : float, default=1.0
         Share of second global views that are generated.
-    n_interpolations : {0, 1}, default=1
-        Interpolated images per image; 0 leaves the disentanglement task out.
+    n_interpolations : {"auto", 0, 1}, default="auto"
+        Interpolated images per image; 0 leaves the disentanglement task out. "auto" is 1 with DINO,
+        whose teacher the task needs, and 0 with other methods (the paper's SimC.+Dif.).
     alpha : float or sequence of float, default=0.5
         Share of the image itself in its interpolation, in (0, 1); one of several is drawn per
         image (the paper has 0.5 for natural images and 0.2, 0.4, 0.6, 0.8 for tissue).
@@ -131,7 +132,7 @@ class GenSIS(TorchTransformer):
         "diffusion": [HasMethods(["fit", "sample"]), StrOptions({"auto"})],
         "n_views": [Interval(Integral, 0, None, closed="left")],
         "positives_prob": [Interval(Real, 0, 1, closed="both")],
-        "n_interpolations": [Interval(Integral, 0, 1, closed="both")],
+        "n_interpolations": [Interval(Integral, 0, 1, closed="both"), StrOptions({"auto"})],
         "alpha": [Interval(Real, 0, 1, closed="neither"), tuple, list],
         "interpolation": [StrOptions({"slerp", "lerp", "pixels"})],
         "store_dir": [str, os.PathLike, None],
@@ -149,7 +150,7 @@ class GenSIS(TorchTransformer):
         *,
         n_views=4,
         positives_prob=1.0,
-        n_interpolations=1,
+        n_interpolations="auto",
         alpha=0.5,
         interpolation="slerp",
         store_dir=None,
@@ -219,6 +220,7 @@ class GenSIS(TorchTransformer):
         seed = self._seed()
         partners = draw_partners(len(rows), groups, mix_seed(seed, _PARTNERS))
         vanilla, encoder = self._encoders(seed)
+        interpolates = self._interpolates(encoder)
         diffusion = self._generator(seed)
 
         # Stage 1: hand-made views alone.
@@ -238,7 +240,7 @@ class GenSIS(TorchTransformer):
             for view in range(self.n_views)
         ]
         interpolations = None
-        if self.n_interpolations:
+        if interpolates:
             between = self._between(rows, diffusion, embeddings, partners, alphas, seed)
             interpolations = between, partners, alphas
         encoder.fit(rows, None, positives=positives or None, interpolations=interpolations)
@@ -377,6 +379,19 @@ class GenSIS(TorchTransformer):
             if not isinstance(part, FrozenEstimator):
                 self._set_common(part, stage, self._child_seed(seed, 0))
         return vanilla, fresh
+
+    def _interpolates(self, encoder):
+        """Whether there is the disentanglement task; refused here, before any work."""
+        method = encoder._method(images=True)
+        if self.n_interpolations == "auto":
+            return method == "dino"
+        if self.n_interpolations and method != "dino":
+            raise ValueError(
+                f"n_interpolations=1 goes with an encoder of method='dino', not {method!r}: the "
+                "disentanglement loss mixes logits of DINO's teacher. Set n_interpolations='auto' "
+                "or 0, or the encoder's method."
+            )
+        return bool(self.n_interpolations)
 
     def _generator(self, seed):
         diffusion = self.diffusion

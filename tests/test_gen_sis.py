@@ -135,9 +135,15 @@ def test_pixel_blends_are_the_ablation(X, recorded):
 
 
 def test_without_interpolations_any_method_learns(X, recorded):
-    model = tiny(encoder=tiny_encoder("simclr"), n_interpolations=0).fit(X)
+    model = tiny(encoder=tiny_encoder("simclr")).fit(X)
     assert recorded["fit"][1]["interpolations"] is None
     assert model.encoder_.method == "simclr"
+
+
+def test_interpolations_without_dino_are_refused_before_any_work(X, recorded):
+    with pytest.raises(ValueError, match=r"n_interpolations=1.*method='dino', not 'simclr'.*'auto'"):
+        tiny(encoder=tiny_encoder("simclr"), n_interpolations=1).fit(X)
+    assert recorded == {"fit": [], "sample": []}
 
 
 def test_frozen_parts_are_used_as_they_are(X, fitted):

@@ -2,7 +2,7 @@
 
     DIFFAUGKIT_DATA=folder python few_labels.py --sets pneumonia cifar --out few_labels.json
 
-For each set an encoder (DINO) and a diffusion model on its embeddings learn once from all training
+For each set an encoder (SimCLR) and a diffusion model on its embeddings learn once from all training
 images, without labels, and are saved beside the results. In each of five folds N labelled images
 are drawn from the other four fifths, images are generated from them (reconstruction or
 interpolation) at several per real one, and classifiers learn from the real images, from both
@@ -64,9 +64,9 @@ def pretrain(name, X, args):
     path = Path(args.out).with_suffix("") / f"{name}{'-quick' if args.quick else ''}"
     if path.exists():
         return FrozenEstimator(load(path))
-    encoder, options = SelfSupervisedEncoder("dino"), {}
+    encoder, options = SelfSupervisedEncoder(), {}
     if args.quick:
-        encoder.set_params(max_epochs=1, n_local_crops=0)
+        encoder.set_params(max_epochs=1)
         options = {"max_epochs": 1, "n_sampling_steps": 4, "block_out_channels": (16, 16)}
     if args.epochs:
         encoder.set_params(max_epochs=args.epochs)

@@ -141,7 +141,7 @@ def tables(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--encoder", default="dino", help="pca, or a method of the encoder")
+    parser.add_argument("--encoder", default="simclr", help="pca, or a method of the encoder")
     parser.add_argument("--encoder-epochs", type=int, help="default: the library's")
     parser.add_argument("--keys", nargs="+", type=int, default=[1, 2, 5], help="cancer tiles")
     parser.add_argument("--bags", type=int, default=150, help="for training, and for the test")
