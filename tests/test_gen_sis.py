@@ -141,7 +141,9 @@ def test_without_interpolations_any_method_learns(X, recorded):
 
 
 def test_interpolations_without_dino_are_refused_before_any_work(X, recorded):
-    with pytest.raises(ValueError, match=r"n_interpolations=1.*method='dino', not 'simclr'.*'auto'"):
+    with pytest.raises(
+        ValueError, match=r"n_interpolations=1.*method='dino', not 'simclr'.*'auto'"
+    ):
         tiny(encoder=tiny_encoder("simclr"), n_interpolations=1).fit(X)
     assert recorded == {"fit": [], "sample": []}
 

@@ -2,11 +2,11 @@
 
     DIFFAUGKIT_DATA=folder python few_labels.py --sets pneumonia cifar --out few_labels.json
 
-For each set an encoder (SimCLR) and a diffusion model on its embeddings learn once from all training
-images, without labels, and are saved beside the results. In each of five folds N labelled images
-are drawn from the other four fifths, images are generated from them (reconstruction or
-interpolation) at several per real one, and classifiers learn from the real images, from both
-together, and from the generated ones alone. They are judged by the AUC (one against the rest) on
+For each set an encoder and a diffusion model on its embeddings learn once from all training images,
+without labels, and are saved beside the results. In each of five folds N labelled images are drawn
+from the other four fifths, images are generated from them (reconstruction or interpolation) at
+several per real one, and classifiers learn from the real images, from both together, and from the
+generated ones alone. They are judged by the AUC (one against the rest) on
 the test images of the set. The sets of smaller ratios are the first images of the largest. Each
 result is written as it comes, and a second run goes on where the first stopped::
 

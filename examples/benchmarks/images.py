@@ -2,11 +2,12 @@
 
     DIFFAUGKIT_DATA=folder python images.py --sets cifar lung --seeds 0 1 2 --out images.json
 
-For each set and seed one vanilla encoder and one generator are fitted; every variant then learns
-from scratch with the same seed, epochs and crops as the vanilla one, so that what differs is what
-it sees. ``--local-crops 0`` is the table without local crops. The judge is DINO's weighted k-NN
-(k = 20) and scikit-learn's logistic regression on features of held-out images; tissue is split by
-source tile. Each result is written as it comes, and a second run goes on where the first stopped::
+For each set and seed one vanilla encoder and, for variants that need it, one generator are fitted;
+every variant then learns from scratch with the same seed, epochs and crops as the vanilla one, so
+that what differs is what it sees. ``--local-crops 0`` is the table without local crops. The judge
+is DINO's weighted k-NN (k = 20) and scikit-learn's logistic regression on features of held-out
+images; tissue is split by source tile. Each result is written as it comes, and a second run goes on
+where the first stopped::
 
     python images.py --quick                                # a smoke test, minutes
     python images.py --tables --out images.json             # run nothing, print the tables
@@ -23,21 +24,26 @@ from pathlib import Path
 
 import numpy as np
 from _common import Results, markdown
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 SETS = ("cifar", "lung", "cifar10")
 VARIANTS = {
     # name: (method, share of generated second views, interpolations)
+    "PCA of pixels": ("pca", 0.0, None),
     "DINO": ("dino", 0.0, None),
     "+ generated": ("dino", 1.0, None),
     "+ interpolated": ("dino", 0.0, "slerp"),
     "Gen-DINO": ("dino", 1.0, "slerp"),
+    "Gen-DINO, half the views": ("dino", 0.5, "slerp"),
     "Gen-DINO, mixed before the head": ("dino", 1.0, "slerp, features"),
     "Gen-DINO, pixel blends": ("dino", 1.0, "pixels"),
     "SimCLR": ("simclr", 0.0, None),
     "SimC.+Dif.": ("simclr", 1.0, None),
+    "MoCo v2": ("mocov2", 0.0, None),
+    "BYOL": ("byol", 0.0, None),
 }
 
 
@@ -86,12 +92,55 @@ def judge(encoder, X, y, X_test, y_test):
     }
 
 
-def run(args, results):
-    from diffaugkit import EmbeddingConditionedDiffusion, SelfSupervisedEncoder
+def make_encoder(method, seed, tissue, args):
+    if method == "pca":
+        flat = FunctionTransformer(lambda X: X.reshape(len(X), -1) / 255)
+        return make_pipeline(flat, PCA(50, random_state=seed))
+    from diffaugkit import SelfSupervisedEncoder
+
+    options = {"max_epochs": args.epochs, "batch_size": args.batch_size}
+    if method == "dino":
+        options |= {"n_local_crops": args.local_crops, "out_dim": args.out_dim}
+    options = {name: value for name, value in options.items() if value is not None}
+    if tissue:
+        options["augmentation"] = "tissue"
+    return SelfSupervisedEncoder(method, random_state=seed, **options)
+
+
+def generate(X, y, groups, vanilla, seed, tissue, args):
+    """Views of X, interpolations as the encoder takes them by name, and what the images are like.
+
+    The generator is conditioned on the embeddings of `vanilla`.
+    """
+    from diffaugkit import EmbeddingConditionedDiffusion
     from diffaugkit.gen_sis import draw_partners
     from diffaugkit.metrics import frechet_distance, quality_report
 
+    embeddings = vanilla.transform(X)
+    epochs = {"max_epochs": args.diffusion_epochs} if args.diffusion_epochs else {}
+    generator = EmbeddingConditionedDiffusion(encoder=None, random_state=seed, **epochs)
+    generator.fit(X, embeddings=embeddings)
+    views = [generator.sample(embeddings, random_state=i) for i in range(args.n_views)]
+    partners = draw_partners(len(X), groups, seed)
+    alphas = np.full(len(X), 0.5, np.float32)
+    if tissue:
+        alphas = np.random.default_rng(seed).choice(np.float32([0.2, 0.4, 0.6, 0.8]), len(X))
+    half = generator.sample(_between(embeddings, embeddings[partners], alphas), random_state=99)
+    share = alphas[:, None, None, None]
+    blend = np.rint(share * X + (1 - share) * X[partners]).astype(np.uint8)
+    between = {"slerp": (half, partners, alphas), "pixels": (blend, partners, alphas)}
+    made = vanilla.transform(views[0])
+    report = quality_report(made, np.arange(len(X)), embeddings, labels=y, random_state=0)
+    record = report.to_frame().squeeze().to_dict() | {
+        "frechet_generated": frechet_distance(embeddings, made),
+        "frechet_real_halves": frechet_distance(embeddings[::2], embeddings[1::2]),
+    }
+    return views, between, {k: float(v) for k, v in record.items() if v == v}
+
+
+def run(args, results):
     for name in args.sets:
+        tissue = name == "lung"
         for seed in args.seeds:
             X, y, X_test, y_test, groups = load_images(name, seed)
             if args.size:
@@ -99,68 +148,42 @@ def run(args, results):
             if args.quick:
                 X, y = X[::16], y[::16]
                 groups = None if groups is None else groups[::16]
-            tissue = name == "lung"
-            crops = args.local_crops
-
-            def encoder(method, seed=seed, tissue=tissue):
-                options = {"augmentation": "tissue"} if tissue else {}
-                if method == "dino" and args.local_crops is not None:
-                    options["n_local_crops"] = args.local_crops
-                if args.epochs:
-                    options["max_epochs"] = args.epochs
-                if args.batch_size:
-                    options["batch_size"] = args.batch_size
-                return SelfSupervisedEncoder(method, random_state=seed, **options)
-
-            side = X.shape[1]
-            key = f"{name} {side}|{'auto' if crops is None else crops}|{seed}"
+            crops = "auto" if args.local_crops is None else args.local_crops
+            key = f"{name} {X.shape[1]}|local crops {crops}, condition {args.condition}|{seed}"
             todo = [v for v in args.variants if f"{key}|{v}" not in results.read()]
             if not todo:
                 continue
             print(f"{key}: {len(X)} images", flush=True)
-            vanilla = encoder("dino").fit(X)
-            embeddings = vanilla.transform(X)
-            generator = EmbeddingConditionedDiffusion(
-                encoder=None,
-                random_state=seed,
-                **({"max_epochs": args.diffusion_epochs} if args.diffusion_epochs else {}),
-            ).fit(X, embeddings=embeddings)
-            views = [generator.sample(embeddings, random_state=i) for i in range(args.n_views)]
-            partners = draw_partners(len(X), groups, seed)
-            alphas = np.full(len(X), 0.5, np.float32)
-            if tissue:
-                alphas = np.random.default_rng(seed).choice(
-                    np.float32([0.2, 0.4, 0.6, 0.8]), len(X)
-                )
-            half = generator.sample(
-                _between(embeddings, embeddings[partners], alphas), random_state=99
-            )
-            share = alphas[:, None, None, None]
-            blend = np.rint(share * X + (1 - share) * X[partners]).astype(np.uint8)
-            made = vanilla.transform(views[0])
-            report = quality_report(made, np.arange(len(X)), embeddings, labels=y, random_state=0)
-            record = report.to_frame().squeeze().to_dict() | {
-                "frechet_generated": frechet_distance(embeddings, made),
-                "frechet_real_halves": frechet_distance(embeddings[::2], embeddings[1::2]),
-            }
-            results.add(f"{key}|generator", {k: float(v) for k, v in record.items() if v == v})
+            learned = {}
 
+            def learn(method, seed=seed, X=X, learned=learned, tissue=tissue):
+                """Fit the vanilla encoder of a method, once."""
+                if method not in learned:
+                    learned[method] = make_encoder(method, seed, tissue, args).fit(X)
+                return learned[method]
+
+            made = None
             for variant in todo:
                 method, share_generated, between = VARIANTS[variant]
-                start = time.perf_counter()
-                if variant == "DINO":
-                    model = vanilla
+                vanilla = not share_generated and between is None
+                if not vanilla and made is None:
+                    source = learn(args.condition)
+                    *made, record = generate(X, y, groups, source, seed, tissue, args)
+                    results.add(f"{key}|generator", record)
+                start = time.process_time()
+                if vanilla:
+                    model = learn(method)
                 else:
-                    model = encoder(method).set_params(positives_prob=share_generated)
-                    given = None
-                    if between is not None:
-                        pictures = blend if between == "pixels" else half
-                        given = (pictures, partners, alphas)
-                    if between is not None and "features" in between:
-                        model.set_params(method_options={"mix": "features"})
-                    model.fit(X, positives=views if share_generated else None, interpolations=given)
-                scores = judge(model, X, y, X_test, y_test)
-                scores["seconds"] = round(time.perf_counter() - start, 1)
+                    views, mixtures = made
+                    kind, _, mix = (between or "").partition(", ")
+                    model = make_encoder(method, seed, tissue, args)
+                    model.set_params(positives_prob=share_generated)
+                    if mix:
+                        model.set_params(method_options={"mix": mix})
+                    positives = views if share_generated else None
+                    model.fit(X, positives=positives, interpolations=mixtures.get(kind))
+                seconds = time.process_time() - start
+                scores = judge(model, X, y, X_test, y_test) | {"cpu_seconds": round(seconds, 1)}
                 results.add(f"{key}|{variant}", scores)
                 print(
                     f"  {variant}: k-NN {scores['knn']:.1f}, linear {scores['linear']:.1f}",
@@ -181,7 +204,7 @@ def tables(results):
         seeds = sorted({key.split("|")[2] for key in records if tuple(key.split("|")[:2]) == group})
         rows = []
         for variant, (method, *_) in VARIANTS.items():
-            base = "SimCLR" if method == "simclr" else "DINO"
+            base = next(v for v, kind in VARIANTS.items() if kind == (method, 0.0, None))
             pairs = [
                 (
                     records[f"{group[0]}|{group[1]}|{seed}|{variant}"],
@@ -197,22 +220,21 @@ def tables(results):
                 values = np.array([own[metric] for own, _ in pairs])
                 gains = np.array([own[metric] - other[metric] for own, other in pairs if other])
                 row.append(f"{values.mean():.1f} ± {values.std():.1f}")
-                row.append(f"{gains.mean():+.1f} ± {gains.std():.1f}" if len(gains) else "")
-            rows.append(row)
-        print(f"\n### {group[0]}, local crops: {group[1]}\n")
+                gained = len(gains) and variant != base
+                row.append(f"{gains.mean():+.1f} ± {gains.std():.1f}" if gained else "")
+            times = [own["cpu_seconds"] for own, _ in pairs if own.get("cpu_seconds")]
+            rows.append([*row, f"{np.mean(times):.0f}" if times else ""])
+        print(f"\n### {group[0]}, {group[1]}\n")
         header = ["variant", "seeds", "k-NN %", "against vanilla", "linear %", "against vanilla"]
+        header.append("CPU s of its fit")
         print(markdown(header, rows))
         reports = [
             records[k] for k in records if k.startswith("|".join(group)) and k.endswith("generator")
         ]
         names = sorted(set().union(*reports)) if reports else []
-        print()
-        print(
-            markdown(
-                ["of the generated images", "mean over seeds"],
-                [[n, f"{np.mean([r[n] for r in reports if n in r]):.3f}"] for n in names],
-            )
-        )
+        if names:
+            means = [[n, f"{np.mean([r[n] for r in reports if n in r]):.3f}"] for n in names]
+            print("\n" + markdown(["of the generated images", "mean over seeds"], means))
 
 
 def main():
@@ -220,7 +242,11 @@ def main():
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["cifar", "lung"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--local-crops", type=int, help="default: the library's")
+    parser.add_argument("--local-crops", type=int, help="of DINO; default: the library's")
+    parser.add_argument("--out-dim", type=int, help="prototypes of DINO; default: the library's")
+    parser.add_argument(
+        "--condition", default="dino", choices=("dino", "simclr"), help="vanilla encoder of images"
+    )
     parser.add_argument("--size", type=int, help="side of the images, pixels; default: their own")
     parser.add_argument("--epochs", type=int, help="of every encoder; default: the library's")
     parser.add_argument("--batch-size", type=int, help="of every encoder; default: the library's")
