@@ -53,6 +53,7 @@ def dino_by_hand(X, epochs, tissue):
     estimator = encoder(1, augmentation="tissue" if tissue else "auto")
     rows = estimator._check_fit_input(X)
     student = estimator._prepare(rows, None, seed=0).module.network
+    student.to(memory_format=torch.contiguous_format)  # as networks are made
     teacher = copy.deepcopy(student).requires_grad_(False)
     size = rows.shape[2:]
     jitter = (0.4, 0.4, 0.0, 0.0) if tissue or rows.shape[1] == 1 else (0.4, 0.4, 0.2, 0.1)
