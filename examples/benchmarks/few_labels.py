@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from _common import Results, markdown
 from scipy.stats import ttest_rel
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.decomposition import PCA
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.frozen import FrozenEstimator
@@ -35,13 +36,88 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, train_test_split
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 
 SETS = {"pneumonia": "pneumonia28.npz", "cifar": "cifar10_6k.npz"}
 STRATEGIES = ("reconstruction", "interpolation")
 USES = ("augmentation", "all-synthetic")
+
+
+class ConvNet(ClassifierMixin, BaseEstimator):
+    """The paper's kind of judge: a convolutional network from scratch, on randomly moved images.
+
+    Every fit takes the same number of batches, whatever the size of the set: what is added is
+    judged, not longer training. Affine changes as in the paper.
+    """
+
+    def __init__(self, n_steps=300, batch_size=64, learning_rate=1e-3):
+        self.n_steps, self.batch_size, self.learning_rate = n_steps, batch_size, learning_rate
+
+    def fit(self, X, y):
+        import torch
+        from torchvision.transforms import v2
+
+        from diffaugkit.networks import feature_width, small_resnet
+
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        X, codes = self._tensor(X), torch.from_numpy(codes)
+        move = v2.RandomAffine(0, translate=(0.05, 0.05), scale=(0.9, 1.4), shear=3)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            shape = *X.shape[2:], X.shape[1]
+            backbone = small_resnet(shape)
+            last = torch.nn.Linear(feature_width(backbone, shape), len(self.classes_))
+            self.module_ = torch.nn.Sequential(backbone, last)
+            self.module_.to(memory_format=torch.channels_last)
+            options = {"lr": self.learning_rate, "weight_decay": 1e-2}
+            optimizer = torch.optim.AdamW(self.module_.parameters(), **options)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, self.learning_rate, total_steps=self.n_steps
+            )
+            for _ in range(self.n_steps):
+                rows = torch.randint(len(X), (self.batch_size,))
+                x = torch.stack([move(image) for image in X[rows]])
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = torch.nn.functional.cross_entropy(self.module_(x).float(), codes[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        self.module_.eval()
+        return self
+
+    def predict_proba(self, X):
+        import torch
+
+        with torch.no_grad():
+            parts = [self.module_(x).softmax(dim=1) for x in self._tensor(X).split(500)]
+        return torch.cat(parts).double().numpy()
+
+    def _tensor(self, X):
+        import torch
+
+        X = X[..., None] if X.ndim == 3 else X
+        return torch.from_numpy(np.moveaxis(X, -1, 1).astype(np.float32) / 127.5 - 1)
+
+
+def on_components(classifier):
+    """Classifier on principal components of the pixels; not whitened: of few images, the last
+    components are noise."""
+    flat = FunctionTransformer(lambda X: X.reshape(len(X), -1).astype(np.float32) / 255)
+
+    def fit(X, y):
+        steps = flat, PCA(min(50, len(X), X[0].size), random_state=0), classifier
+        return make_pipeline(*steps).fit(X, y)
+
+    return fit
+
+
 CLASSIFIERS = {
-    "logistic": lambda: LogisticRegression(max_iter=1000),
-    "trees": lambda: ExtraTreesClassifier(200, min_samples_leaf=2, random_state=0, n_jobs=-1),
+    "logistic": on_components(LogisticRegression(max_iter=1000)),
+    "trees": on_components(
+        ExtraTreesClassifier(200, min_samples_leaf=2, random_state=0, n_jobs=-1)
+    ),
+    "cnn": lambda X, y: ConvNet().fit(X, y),
 }
 
 
@@ -78,17 +154,15 @@ def pretrain(name, X, args):
     return FrozenEstimator(diffusion)
 
 
-def judge(X, y, X_test, y_test):
-    """AUC x 100 of each classifier, on principal components of the pixels it was given."""
-    found = {}
-    X, X_test = (part.reshape(len(part), -1).astype(np.float32) / 255 for part in (X, X_test))
-    for name, make in CLASSIFIERS.items():
-        # Not whitened: with 50 labels the last components are noise.
-        model = make_pipeline(PCA(min(50, *X.shape), random_state=0), make()).fit(X, y)
-        shares = model.predict_proba(X_test)
+def judge(key, results, names, X, y, X_test, y_test):
+    """Add AUC x 100 of each classifier that has none yet."""
+    found = results.read().get(key, {})
+    for name in set(names) - set(found):
+        shares = CLASSIFIERS[name](X, y).predict_proba(X_test)
         shares = shares[:, 1] if shares.shape[1] == 2 else shares
         found[name] = 100 * float(roc_auc_score(y_test, shares, multi_class="ovr"))
-    return found
+    results.add(key, found)
+    print(f"{key}: {found}", flush=True)
 
 
 def first_of_each(labels, y, ratio):
@@ -115,16 +189,17 @@ def run(args, results):
                     pool, train_size=size, random_state=fold, stratify=y[pool]
                 )
                 key = f"{name}|{size}|{fold}"
-                if f"{key}|real" not in results.read():
-                    results.add(f"{key}|real", judge(X[few], y[few], X_test, y_test))
+                test = X_test, y_test
+                judge(f"{key}|real", results, args.classifiers, X[few], y[few], *test)
                 for strategy in args.strategies:
                     how = f"{strategy}, gate {args.min_confidence:g}"
                     keys = {
                         (use, ratio): f"{key}|{how}|{use}|{ratio:g}"
-                        for use in USES
+                        for use in args.uses
                         for ratio in args.ratios
                     }
-                    if all(found in results.read() for found in keys.values()):
+                    known = results.read()
+                    if all(set(args.classifiers) <= set(known.get(k, ())) for k in keys.values()):
                         continue
                     start = time.perf_counter()
                     augmenter = GenerativeAugmenter(
@@ -157,9 +232,7 @@ def run(args, results):
                             given, given_labels = made[rows], labels[rows]
                         if len(np.unique(given_labels)) < len(np.unique(y)):
                             continue  # no sample of a class passed the checks
-                        scores = judge(given, given_labels, X_test, y_test)
-                        results.add(found, scores)
-                        print(f"{found}: {scores}", flush=True)
+                        judge(found, results, args.classifiers, given, given_labels, *test)
 
 
 def tables(results):
@@ -174,7 +247,9 @@ def tables(results):
             cells = found.setdefault((name, use, strategy), {}).setdefault(int(size), {})
             cells.setdefault(float(ratio), {})[fold] = record
     for (name, use, strategy), sizes in found.items():
-        for classifier in CLASSIFIERS:
+        parts = [part for cells in sizes.values() for part in cells.values()]
+        judges = set().union(*(record for part in parts for record in part.values()))
+        for classifier in sorted(judges, key=list(CLASSIFIERS).index):
             ratios = sorted({ratio for cells in sizes.values() for ratio in cells})
             print(f"\n{name}, {use} by {strategy}, {classifier}: AUC x 100 (p, paired t-test)\n")
             rows = []
@@ -182,15 +257,18 @@ def tables(results):
                 base = {
                     fold: record[classifier]
                     for (other, n, fold), record in real.items()
-                    if (other, n) == (name, str(size))
+                    if (other, n) == (name, str(size)) and classifier in record
                 }
+                if not base:
+                    continue
                 row = [size, f"{np.mean(list(base.values())):.1f}"]
                 for ratio in ratios:
-                    folds = sorted(set(cells.get(ratio, ())) & set(base))
+                    records = cells.get(ratio, {})
+                    folds = [fold for fold in sorted(base) if classifier in records.get(fold, ())]
                     if not folds:
                         row.append("-")
                         continue
-                    own = np.array([cells[ratio][fold][classifier] for fold in folds])
+                    own = np.array([records[fold][classifier] for fold in folds])
                     other = np.array([base[fold] for fold in folds])
                     text = f"{own.mean():.1f} ({(own - other).mean():+.1f}"
                     if len(folds) > 2 and np.ptp(own - other) > 0:
@@ -208,6 +286,8 @@ def main():
     parser.add_argument("--sizes", nargs="+", type=int, default=[50, 100, 500, 1000])
     parser.add_argument("--ratios", nargs="+", type=float, default=[1, 5, 10, 50])
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--classifiers", nargs="+", default=list(CLASSIFIERS), choices=CLASSIFIERS)
+    parser.add_argument("--uses", nargs="+", default=list(USES), choices=USES)
     parser.add_argument(
         "--min-confidence", type=float, default=0.5, help="of the gate; 0 keeps all, as the paper"
     )
