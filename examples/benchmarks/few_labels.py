@@ -6,9 +6,9 @@ For each set an encoder and a diffusion model on its embeddings learn once from 
 without labels, and are saved beside the results. In each of five folds N labelled images are drawn
 from the other four fifths, images are generated from them (reconstruction or interpolation) at
 several per real one, and classifiers learn from the real images, from both together, and from the
-generated ones alone. They are judged by the AUC (one against the rest) on
-the test images of the set. The sets of smaller ratios are the first images of the largest. Each
-result is written as it comes, and a second run goes on where the first stopped::
+generated ones alone. They are judged by the AUC (one against the rest) on the test images of the
+set. The sets of smaller ratios are the first images of the largest. Each result is written as it
+comes, and a second run goes on where the first stopped::
 
     python few_labels.py --quick                            # a smoke test, two minutes
     python few_labels.py --tables --out few_labels.json     # run nothing, print the tables
@@ -101,8 +101,8 @@ class ConvNet(ClassifierMixin, BaseEstimator):
 
 
 def on_components(classifier):
-    """Classifier on principal components of the pixels; not whitened: of few images, the last
-    components are noise."""
+    """Judge by a classifier of scikit-learn on principal components of the pixels."""
+    # Not whitened: of few images the last components are noise.
     flat = FunctionTransformer(lambda X: X.reshape(len(X), -1).astype(np.float32) / 255)
 
     def fit(X, y):
@@ -157,12 +157,14 @@ def pretrain(name, X, args):
 def judge(key, results, names, X, y, X_test, y_test):
     """Add AUC x 100 of each classifier that has none yet."""
     found = results.read().get(key, {})
-    for name in set(names) - set(found):
+    todo = [name for name in names if name not in found]
+    for name in todo:
         shares = CLASSIFIERS[name](X, y).predict_proba(X_test)
         shares = shares[:, 1] if shares.shape[1] == 2 else shares
         found[name] = 100 * float(roc_auc_score(y_test, shares, multi_class="ovr"))
-    results.add(key, found)
-    print(f"{key}: {found}", flush=True)
+    if todo:
+        results.add(key, found)
+        print(f"{key}: {found}", flush=True)
 
 
 def first_of_each(labels, y, ratio):

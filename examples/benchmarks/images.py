@@ -20,6 +20,7 @@ import argparse
 import os
 import time
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -140,55 +141,54 @@ def generate(X, y, groups, vanilla, seed, tissue, args):
 
 def run(args, results):
     for name in args.sets:
-        tissue = name == "lung"
         for seed in args.seeds:
-            X, y, X_test, y_test, groups = load_images(name, seed)
-            if args.size:
-                X, X_test = shrink(X, args.size), shrink(X_test, args.size)
-            if args.quick:
-                X, y = X[::16], y[::16]
-                groups = None if groups is None else groups[::16]
-            crops = "auto" if args.local_crops is None else args.local_crops
-            key = f"{name} {X.shape[1]}|local crops {crops}, condition {args.condition}|{seed}"
-            todo = [v for v in args.variants if f"{key}|{v}" not in results.read()]
-            if not todo:
-                continue
-            print(f"{key}: {len(X)} images", flush=True)
-            learned = {}
+            run_set(name, seed, args, results)
 
-            def learn(method, seed=seed, X=X, learned=learned, tissue=tissue):
-                """Fit the vanilla encoder of a method, once."""
-                if method not in learned:
-                    learned[method] = make_encoder(method, seed, tissue, args).fit(X)
-                return learned[method]
 
-            made = None
-            for variant in todo:
-                method, share_generated, between = VARIANTS[variant]
-                vanilla = not share_generated and between is None
-                if not vanilla and made is None:
-                    source = learn(args.condition)
-                    *made, record = generate(X, y, groups, source, seed, tissue, args)
-                    results.add(f"{key}|generator", record)
-                start = time.process_time()
-                if vanilla:
-                    model = learn(method)
-                else:
-                    views, mixtures = made
-                    kind, _, mix = (between or "").partition(", ")
-                    model = make_encoder(method, seed, tissue, args)
-                    model.set_params(positives_prob=share_generated)
-                    if mix:
-                        model.set_params(method_options={"mix": mix})
-                    positives = views if share_generated else None
-                    model.fit(X, positives=positives, interpolations=mixtures.get(kind))
-                seconds = time.process_time() - start
-                scores = judge(model, X, y, X_test, y_test) | {"cpu_seconds": round(seconds, 1)}
-                results.add(f"{key}|{variant}", scores)
-                print(
-                    f"  {variant}: k-NN {scores['knn']:.1f}, linear {scores['linear']:.1f}",
-                    flush=True,
-                )
+def run_set(name, seed, args, results):
+    """All variants on one set with one seed."""
+    tissue = name == "lung"
+    X, y, X_test, y_test, groups = load_images(name, seed)
+    if args.size:
+        X, X_test = shrink(X, args.size), shrink(X_test, args.size)
+    if args.quick:
+        X, y = X[::16], y[::16]
+        groups = None if groups is None else groups[::16]
+    crops = "auto" if args.local_crops is None else args.local_crops
+    key = f"{name} {X.shape[1]}|local crops {crops}, condition {args.condition}|{seed}"
+    todo = [v for v in args.variants if f"{key}|{v}" not in results.read()]
+    if not todo:
+        return
+    print(f"{key}: {len(X)} images", flush=True)
+
+    @cache
+    def learn(method):
+        """Fit the vanilla encoder of a method, once."""
+        return make_encoder(method, seed, tissue, args).fit(X)
+
+    made = None
+    for variant in todo:
+        method, share_generated, between = VARIANTS[variant]
+        vanilla = not share_generated and between is None
+        if not vanilla and made is None:
+            *made, record = generate(X, y, groups, learn(args.condition), seed, tissue, args)
+            results.add(f"{key}|generator", record)
+        start = time.process_time()
+        if vanilla:
+            model = learn(method)
+        else:
+            views, mixtures = made
+            kind, _, mix = (between or "").partition(", ")
+            model = make_encoder(method, seed, tissue, args)
+            model.set_params(positives_prob=share_generated)
+            if mix:
+                model.set_params(method_options={"mix": mix})
+            positives = views if share_generated else None
+            model.fit(X, positives=positives, interpolations=mixtures.get(kind))
+        seconds = time.process_time() - start
+        scores = judge(model, X, y, X_test, y_test) | {"cpu_seconds": round(seconds, 1)}
+        results.add(f"{key}|{variant}", scores)
+        print(f"  {variant}: k-NN {scores['knn']:.1f}, linear {scores['linear']:.1f}", flush=True)
 
 
 def _between(a, b, alphas):
