@@ -66,7 +66,7 @@ class GenSIS(TorchTransformer):
         Generated images per image, one of which is picked at random each time; the paper's for
         natural images (1 for tissue). 0 trains on interpolations alone.
     positives_prob : float, default=1.0
-        Share of second global views that are generated.
+        Share of second global views that are generated; 0 makes none, as `n_views` of 0.
     n_interpolations : {"auto", 0, 1}, default="auto"
         Interpolated images per image; 0 leaves the disentanglement task out. "auto" is 1 with DINO,
         whose teacher the task needs, and 0 with other methods (the paper's SimC.+Dif.).
@@ -237,7 +237,7 @@ class GenSIS(TorchTransformer):
         alphas = rng.choice(alphas, size=len(rows)).astype(np.float32)
         positives = [
             self._generate(rows, diffusion, embeddings, f"view-{view}", mix_seed(seed, view))
-            for view in range(self.n_views)
+            for view in range(self._n_views())
         ]
         interpolations = None
         if interpolates:
@@ -383,15 +383,25 @@ class GenSIS(TorchTransformer):
     def _interpolates(self, encoder):
         """Whether there is the disentanglement task; refused here, before any work."""
         method = encoder._method(images=True)
-        if self.n_interpolations == "auto":
-            return method == "dino"
-        if self.n_interpolations and method != "dino":
+        interpolates = self.n_interpolations
+        if interpolates == "auto":
+            interpolates = method == "dino"
+        if interpolates and method != "dino":
             raise ValueError(
                 f"n_interpolations=1 goes with an encoder of method='dino', not {method!r}: the "
                 "disentanglement loss mixes logits of DINO's teacher. Set n_interpolations='auto' "
                 "or 0, or the encoder's method."
             )
-        return bool(self.n_interpolations)
+        if not (interpolates or self._n_views()):
+            raise ValueError(
+                f"With n_views={self.n_views}, positives_prob={self.positives_prob:g} and no "
+                f"interpolations (n_interpolations={self.n_interpolations!r}, method={method!r}) "
+                "the second encoder would see no generated image: raise one of the three."
+            )
+        return bool(interpolates)
+
+    def _n_views(self):
+        return self.n_views if self.positives_prob > 0 else 0
 
     def _generator(self, seed):
         diffusion = self.diffusion

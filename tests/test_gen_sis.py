@@ -148,6 +148,26 @@ def test_interpolations_without_dino_are_refused_before_any_work(X, recorded):
     assert recorded == {"fit": [], "sample": []}
 
 
+def test_views_that_are_never_picked_are_not_made(X, recorded):
+    tiny(n_views=3, positives_prob=0.0).fit(X)
+    assert recorded["fit"][1]["positives"] is None
+    assert len(recorded["sample"]) == 1  # the interpolations
+
+
+@pytest.mark.parametrize(
+    "unused",
+    [
+        {"n_views": 0, "n_interpolations": 0},
+        {"positives_prob": 0.0, "n_interpolations": 0},
+        {"encoder": tiny_encoder("simclr"), "n_views": 0},
+    ],
+)
+def test_a_second_encoder_that_sees_nothing_new_is_refused_before_any_work(X, recorded, unused):
+    with pytest.raises(ValueError, match="would see no generated image: raise one of the three"):
+        tiny(**unused).fit(X)
+    assert recorded == {"fit": [], "sample": []}
+
+
 def test_frozen_parts_are_used_as_they_are(X, fitted):
     frozen = FrozenEstimator(fitted.vanilla_encoder_)
     generator = FrozenEstimator(fitted.diffusion_)
