@@ -80,6 +80,15 @@ def test_approximate_search_is_accurate_and_repeatable(monkeypatch, points):
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, exact, strict=True)])
     assert recall > 0.7
 
+    # Numba's threads are all cores of the machine; what torch had been allowed stays.
+    allowed = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        nearest_neighbors(torch.from_numpy(X), 10)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(allowed)
+
 
 def test_without_pynndescent_search_is_exact(monkeypatch, points):
     monkeypatch.setattr(augmentations, "_EXACT_LIMIT", 50)
