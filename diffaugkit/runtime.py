@@ -1,13 +1,16 @@
-"""Where a fit runs and what it draws: random streams, device, precision, processes."""
+"""Where a fit runs and what it draws: random streams, device, precision, cores, processes."""
 
 import contextlib
 import functools
 import math
 import os
+import time
+import warnings
 
 import torch
 
 __all__ = [
+    "SharedCores",
     "all_processes",
     "isolated_rng",
     "mix_seed",
@@ -21,6 +24,9 @@ __all__ = [
 
 # Below this many values in matrices and filters a CPU loses time with bf16.
 _SMALL_MODULE = 2**16
+# A loop is looked at over this many seconds. Alone it has its core to itself and is put aside 7
+# times a second; beside one busy process on as many cores as threads, half the time or less and 50.
+_LOOK_SECONDS, _LEAST_SHARE, _MOST_INTERRUPTIONS = 10, 0.75, 20
 
 # ---- randomness ----------------------------------------------------------------------------------
 
@@ -289,6 +295,56 @@ def tf32(device):
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+# ---- cores ---------------------------------------------------------------------------------------
+
+
+class SharedCores:
+    """Warn once, on a CPU, where other work runs on the cores that torch's threads wait on.
+
+    OpenMP's threads wait for one another by spinning, so one that is put aside holds up all: a fit
+    on two threads beside one other process takes ten times as long and more, on one thread not
+    twice as long. The number of threads stays as it is: results depend on it in their last bits.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the loop trains.
+    """
+
+    def __init__(self, device):
+        watched = device.type == "cpu" and torch.get_num_threads() > 1
+        self._start = _time_of_thread() if watched else None
+
+    def look(self):
+        """Look at the time since the start, when enough of it has passed."""
+        now = None if self._start is None else _time_of_thread()
+        if now is None or now[0] - self._start[0] < _LOOK_SECONDS:
+            return
+        passed, running, interruptions = (b - a for a, b in zip(self._start, now, strict=True))
+        self._start = None
+        share = running / passed
+        if share < _LEAST_SHARE and interruptions > _MOST_INTERRUPTIONS * passed:
+            warnings.warn(
+                f"Other work on the cores of this machine leaves the fit {share:.0%} of one, "
+                f"and torch's {torch.get_num_threads()} threads hold one another up. With one "
+                "thread it would be several times as fast: set OMP_NUM_THREADS=1 before Python "
+                "starts, or call torch.set_num_threads(1).",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _time_of_thread():
+    """Seconds by the clock and on a core, and interruptions by others; None where not counted."""
+    try:
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_THREAD)
+    except (ImportError, AttributeError):  # Linux alone counts by thread
+        return None
+    return time.perf_counter(), used.ru_utime + used.ru_stime, used.ru_nivcsw
 
 
 # ---- processes -----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from diffaugkit.persistence import read_folder, write_folder
 from diffaugkit.runtime import (
+    SharedCores,
     all_processes,
     isolated_rng,
     mix_seed,
@@ -308,6 +309,7 @@ def fit_loop(
             _bar(verbose, processes.rank, max_epochs * steps_per_epoch, description)
         )
         bar.update(state.epoch * steps_per_epoch + state.batch)
+        cores = SharedCores(device)
         batch = None
 
         try:
@@ -370,6 +372,7 @@ def fit_loop(
                 means = log.close()
                 good.check(state.epoch)
                 good.take()
+                cores.look()
                 state.history.append({"epoch": state.epoch, **means, "learning_rate": rate})
                 bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
 

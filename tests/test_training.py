@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diffaugkit import runtime
 from diffaugkit.batches import make_batches
 from diffaugkit.runtime import (
     isolated_rng,
@@ -573,6 +575,31 @@ def test_the_thread_that_reads_ahead_keeps_order_and_errors():
     with pytest.raises(OSError, match="disk"):
         collect()
     assert seen == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("n_threads", "used", "warns"),
+    [
+        (2, (12.0, 4.0, 600), True),
+        (1, (12.0, 4.0, 600), False),
+        (2, (12.0, 11.9, 600), False),  # interrupted, but never for long
+        (2, (12.0, 4.0, 10), False),  # waits for the disk
+        (2, (8.0, 2.0, 600), False),  # too early to tell
+        (2, None, False),  # a system that does not count
+    ],
+)
+def test_work_on_the_same_cores_is_warned_of_once(toy, monkeypatch, n_threads, used, warns):
+    times = iter([(0.0, 0.0, 0), used, used, used] if used else [None] * 4)
+    monkeypatch.setattr(runtime, "_time_of_thread", lambda: next(times))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(toy)
+    said = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    assert len(said) == warns
+    if warns:
+        assert "leaves the fit 33% of one" in said[0]
+        assert "OMP_NUM_THREADS=1" in said[0]
 
 
 def test_misaligned_sources_are_refused():
