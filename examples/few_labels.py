@@ -49,10 +49,10 @@ print(
 )
 
 # %%
-# Pre-train once, without labels: DINO, and a diffusion model conditioned on its embeddings.
+# Pre-train once, without labels: an encoder (SimCLR), and a diffusion model on its embeddings.
 
 diffusion = EmbeddingConditionedDiffusion(
-    SelfSupervisedEncoder("dino", max_epochs=args.epochs, batch_size=100),
+    SelfSupervisedEncoder(max_epochs=args.epochs, batch_size=100),
     max_epochs=args.diffusion_epochs,
     random_state=0,
     verbose=1,

@@ -135,8 +135,34 @@ def generate(X, y, groups, vanilla, seed, tissue, args):
     record = report.to_frame().squeeze().to_dict() | {
         "frechet_generated": frechet_distance(embeddings, made),
         "frechet_real_halves": frechet_distance(embeddings[::2], embeddings[1::2]),
+        # How far from its source the first encoder sees a view: what it could still teach.
+        "cosine_of_generated": _mean_cosine(embeddings, made),
+        "cosine_of_hand_made": _mean_cosine(embeddings, vanilla.transform(augmented(X, tissue))),
+        "cosine_of_others": _mean_cosine(embeddings, embeddings[partners]),
     }
+    if args.unconditional:
+        blind = EmbeddingConditionedDiffusion(encoder=None, random_state=seed, **epochs).fit(X)
+        drawn = vanilla.transform(blind.sample(len(X), random_state=0))
+        record["frechet_unconditional"] = frechet_distance(embeddings, drawn)
     return views, between, {k: float(v) for k, v in record.items() if v == v}
+
+
+def augmented(X, tissue):
+    """One hand-made view of each image, by the recipe that the encoders learn with."""
+    import torch
+
+    from diffaugkit.augmentations import ImageViews
+    from diffaugkit.runtime import isolated_rng
+
+    images = torch.from_numpy(X).permute(0, 3, 1, 2) / 127.5 - 1
+    with isolated_rng(0):
+        views = ImageViews("tissue" if tissue else "auto").global_view(images)
+    return ((views.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def _mean_cosine(a, b):
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(np.mean((a * b).sum(1) / lengths))
 
 
 def run(args, results):
@@ -251,6 +277,9 @@ def main():
     parser.add_argument("--epochs", type=int, help="of every encoder; default: the library's")
     parser.add_argument("--batch-size", type=int, help="of every encoder; default: the library's")
     parser.add_argument("--diffusion-epochs", type=int, help="default: the library's")
+    parser.add_argument(
+        "--unconditional", action="store_true", help="Frechet distance of a generator without it"
+    )
     parser.add_argument("--n-views", type=int, default=4, help="generated images per image")
     parser.add_argument("--out", default="images.json", help="result file, resumed when it exists")
     parser.add_argument(
