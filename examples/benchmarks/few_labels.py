@@ -269,39 +269,36 @@ def tables(results):
             cells = found.setdefault((name, use, strategy), {}).setdefault(int(size), {})
             cells.setdefault(float(ratio), {})[fold] = record
     for (name, use, strategy), sizes in found.items():
-        parts = [part for cells in sizes.values() for part in cells.values()]
-        known = set().union(*(record for part in parts for record in part.values()))
         ratios = sorted({ratio for cells in sizes.values() for ratio in cells})
-        for name_of_judge, (measure, suffix) in product(CLASSIFIERS, MEASURES.items()):
-            classifier = name_of_judge + suffix
-            if classifier not in known:
-                continue
-            print(f"\n{name}, {use} by {strategy}, {name_of_judge}: {measure} x 100", end="")
-            print(" (p, paired t-test)\n")
-            rows = []
-            for size, cells in sorted(sizes.items()):
-                base = {
-                    fold: record[classifier]
-                    for (other, n, fold), record in real.items()
-                    if (other, n) == (name, str(size)) and classifier in record
-                }
-                if not base:
-                    continue
-                row = [size, f"{np.mean(list(base.values())):.1f}"]
-                for ratio in ratios:
-                    records = cells.get(ratio, {})
-                    folds = [fold for fold in sorted(base) if classifier in records.get(fold, ())]
-                    if not folds:
-                        row.append("-")
-                        continue
-                    own = np.array([records[fold][classifier] for fold in folds])
-                    other = np.array([base[fold] for fold in folds])
-                    text = f"{own.mean():.1f} ({(own - other).mean():+.1f}"
-                    if len(folds) > 2 and np.ptp(own - other) > 0:
-                        text += f", p {ttest_rel(own, other).pvalue:.3f}"
-                    row.append(text + ")")
-                rows.append(row)
-            print(markdown(["N", "real", *(f"1 : {ratio:g}" for ratio in ratios)], rows))
+        rows = []
+        for (size, cells), kind, (measure, suffix) in product(
+            sorted(sizes.items()), CLASSIFIERS, MEASURES.items()
+        ):
+            judge = kind + suffix
+            base = {
+                fold: record[judge]
+                for (other, n, fold), record in real.items()
+                if (other, n) == (name, str(size)) and judge in record
+            }
+            if base:
+                row = [size, kind, measure, f"{np.mean(list(base.values())):.1f}"]
+                rows.append(row + [against(base, cells.get(ratio, {}), judge) for ratio in ratios])
+        print(f"\n### {name}, {use} by {strategy}: x 100 (p, paired t-test)\n")
+        header = ["N", "judge", "measure", "real", *(f"1 : {ratio:g}" for ratio in ratios)]
+        print(markdown(header, rows))
+
+
+def against(base, records, judge):
+    """Mean over the folds that both have, its difference to the base, and how sure that is."""
+    folds = [fold for fold in sorted(base) if judge in records.get(fold, ())]
+    if not folds:
+        return "-"
+    own = np.array([records[fold][judge] for fold in folds])
+    gains = own - [base[fold] for fold in folds]
+    text = f"{own.mean():.1f} ({gains.mean():+.1f}"
+    if len(folds) > 2 and np.ptp(gains) > 0:
+        text += f", p {ttest_rel(gains, np.zeros_like(gains)).pvalue:.3f}"
+    return text + ")"
 
 
 def main():
