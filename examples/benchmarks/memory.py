@@ -5,9 +5,9 @@
 Makes a file of random sparse counts (2 000 genes, 5 % filled) for each number of rows in a
 temporary folder, and fits ``make_pipeline(CellPreprocessor(), DiffAugEM())`` on the backed AnnData
 in a process of its own, with one epoch a phase: more epochs take more memory only for the further
-generated views that they look at, at most three of 50 components per cell. Reported is
-the largest anonymous memory of that process (pages that the system cannot drop), beside what the
-same process holds after its imports, and what the cells would take as a dense float32 matrix.
+generated views that they look at, at most three of 50 components per cell. Reported is the largest
+anonymous memory of that process (pages that the system cannot drop), beside what the same process
+holds after its imports, and what the cells would take as a dense float32 matrix.
 """
 
 from __future__ import annotations
