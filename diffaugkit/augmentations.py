@@ -7,7 +7,6 @@ images, greyscale and H&E tissue. They train the encoder before any generator ex
 the time after.
 """
 
-import contextlib
 import math
 from dataclasses import dataclass, replace
 
@@ -64,58 +63,48 @@ def nearest_neighbors(rows, n_neighbors, *, random_state=0):
         reference = np.random.default_rng(random_state).choice(n, _REFERENCE_LIMIT, replace=False)
         reference.sort()
     points = np.ascontiguousarray(rows[reference], dtype=np.float32)
+    among_all = len(reference) == n
+    search = _search(points, n_neighbors + 1, random_state, among_all)
     found = np.empty((n, n_neighbors), dtype=np.int32)
-    with _same_threads() as n_jobs:
-        search = _index(points, n_neighbors + 1, random_state, n_jobs)
-        for start in range(0, n, 16_384):
-            stop = min(start + 16_384, n)
-            block = None if len(reference) == n else np.asarray(rows[start:stop])
-            candidates = reference[search(slice(start, stop), block)]
-            # A row is its own nearest neighbour, but not always first among equals, nor always
-            # found.
-            itself = candidates == np.arange(start, stop)[:, None]
-            itself[~itself.any(axis=1), -1] = True
-            found[start:stop] = candidates[~itself].reshape(-1, n_neighbors)
+    for start in range(0, n, 16_384):
+        stop = min(start + 16_384, n)
+        block = points[start:stop] if among_all else np.asarray(rows[start:stop])
+        candidates = reference[search(slice(start, stop), block)]
+        # A row is its own nearest neighbour, but not always first among equals, nor always found.
+        itself = candidates == np.arange(start, stop)[:, None]
+        itself[~itself.any(axis=1), -1] = True
+        found[start:stop] = candidates[~itself].reshape(-1, n_neighbors)
     return torch.from_numpy(found)
 
 
-@contextlib.contextmanager
-def _same_threads():
-    """Give the number of threads that torch may use, and see that it is the same after.
-
-    Numba sets OpenMP to all cores of the machine when it starts its own threads, and torch with it:
-    a process that had been told to use one then fights its neighbours for the others.
-    """
-    n_threads = torch.get_num_threads()
-    try:
-        yield n_threads
-    finally:
-        torch.set_num_threads(n_threads)
-
-
-def _index(points, k, random_state, n_jobs):
-    """Make the search: points of a slice, or a block (m, d) of others -> indices (m, k)."""
-    if len(points) > _EXACT_LIMIT:
-        try:
-            import numba
-            from pynndescent import NNDescent
-        except ImportError:
-            pass
-        else:
-            n_jobs = min(n_jobs, numba.config.NUMBA_NUM_THREADS)
-            index = NNDescent(
-                points, n_neighbors=max(k, 15), random_state=random_state, n_jobs=n_jobs
-            )
-            graph = index.neighbor_graph[0]
-            return lambda part, block: (
-                graph[part, :k] if block is None else index.query(block, k=k)[0]
-            )
+def _search(points, k, random_state, among_all):
+    """Make the search: a slice of the rows, and the block that they are -> points (m, k)."""
+    if among_all and len(points) > _EXACT_LIMIT:
+        graph = _descend(points, k, random_state)
+        if graph is not None:
+            return lambda part, _: graph[part]
     from sklearn.neighbors import NearestNeighbors
 
     index = NearestNeighbors(n_neighbors=k).fit(points)
-    return lambda part, block: index.kneighbors(
-        points[part] if block is None else block, return_distance=False
-    )
+    return lambda _, block: index.kneighbors(block, return_distance=False)
+
+
+def _descend(points, k, random_state):
+    """Find the k nearest points of each by NN-descent; None where pynndescent is missing."""
+    try:
+        import numba
+        from pynndescent import NNDescent
+    except ImportError:
+        return None
+    n_threads = torch.get_num_threads()
+    n_jobs = min(n_threads, numba.config.NUMBA_NUM_THREADS)
+    try:
+        index = NNDescent(points, n_neighbors=max(k, 15), random_state=random_state, n_jobs=n_jobs)
+        return index.neighbor_graph[0][:, :k]
+    finally:
+        # Numba sets OpenMP to all cores of the machine when it starts its own threads, and torch
+        # with it: a process that had been told to use one then fights its neighbours for the rest.
+        torch.set_num_threads(n_threads)
 
 
 def neighbor_mixup(x, neighbors, rows):

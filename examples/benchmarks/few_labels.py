@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from _common import Results, markdown
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.decomposition import PCA
 from sklearn.ensemble import ExtraTreesClassifier
@@ -274,30 +274,30 @@ def tables(results):
         for (size, cells), kind, (measure, suffix) in product(
             sorted(sizes.items()), CLASSIFIERS, MEASURES.items()
         ):
-            judge = kind + suffix
+            column = kind + suffix
             base = {
-                fold: record[judge]
+                fold: record[column]
                 for (other, n, fold), record in real.items()
-                if (other, n) == (name, str(size)) and judge in record
+                if (other, n) == (name, str(size)) and column in record
             }
             if base:
                 row = [size, kind, measure, f"{np.mean(list(base.values())):.1f}"]
-                rows.append(row + [against(base, cells.get(ratio, {}), judge) for ratio in ratios])
+                rows.append(row + [against(base, cells.get(ratio, {}), column) for ratio in ratios])
         print(f"\n### {name}, {use} by {strategy}: x 100 (p, paired t-test)\n")
         header = ["N", "judge", "measure", "real", *(f"1 : {ratio:g}" for ratio in ratios)]
         print(markdown(header, rows))
 
 
-def against(base, records, judge):
+def against(base, records, column):
     """Mean over the folds that both have, its difference to the base, and how sure that is."""
-    folds = [fold for fold in sorted(base) if judge in records.get(fold, ())]
+    folds = [fold for fold in sorted(base) if column in records.get(fold, ())]
     if not folds:
         return "-"
-    own = np.array([records[fold][judge] for fold in folds])
+    own = np.array([records[fold][column] for fold in folds])
     gains = own - [base[fold] for fold in folds]
     text = f"{own.mean():.1f} ({gains.mean():+.1f}"
     if len(folds) > 2 and np.ptp(gains) > 0:
-        text += f", p {ttest_rel(gains, np.zeros_like(gains)).pvalue:.3f}"
+        text += f", p {ttest_1samp(gains, 0).pvalue:.3f}"
     return text + ")"
 
 

@@ -278,7 +278,7 @@ def main():
     parser.add_argument("--batch-size", type=int, help="of every encoder; default: the library's")
     parser.add_argument("--diffusion-epochs", type=int, help="default: the library's")
     parser.add_argument(
-        "--unconditional", action="store_true", help="Frechet distance of a generator without it"
+        "--unconditional", action="store_true", help="a generator without condition beside it"
     )
     parser.add_argument("--n-views", type=int, default=4, help="generated images per image")
     parser.add_argument("--out", default="images.json", help="result file, resumed when it exists")
