@@ -6,6 +6,7 @@ keeps of it all beside the network.
 """
 
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from diffaugkit.runtime import isolated_rng
 __all__ = ["ImageFit", "VectorFit", "auto_epochs", "linear_space", "project_rows"]
 
 _DEFAULT_NEIGHBORS = 30
+_ROWS_LOOKED_AT = 4_096
 
 
 class VectorFit:
@@ -51,6 +53,8 @@ class VectorFit:
         else:
             self.space = _fit_space(rows, encoder.n_pcs)
         inputs = project_rows(rows, *self.space)
+        if not going_on:
+            _warn_of_far_rows(inputs)
         k = encoder.n_neighbors
         if k == "auto":
             k = min(_DEFAULT_NEIGHBORS, max(5, len(rows) // 10), len(rows) - 1)
@@ -371,6 +375,25 @@ def _fit_space(rows, n_pcs):
     """Mean, components or None, and the one scale that gives the input unit variance on average."""
     mean, components, std = linear_space(rows, n_pcs)
     return mean, components, float(np.sqrt(np.mean(std**2))) or 1.0
+
+
+def _warn_of_far_rows(inputs):
+    """Warn where next to all rows are one point beside a few: these alone set the scale."""
+    looked_at = np.unique(np.linspace(0, len(inputs) - 1, _ROWS_LOOKED_AT).astype(int))
+    # The squared length is the number of columns on average over all rows.
+    lengths = inputs[looked_at].double().square().sum(dim=1) / inputs.shape[1]
+    usual, far = float(lengths.quantile(0.95)), int(lengths.argmax())
+    if usual < 0.01 and lengths[far] > 0:  # all are 0 where nothing varies
+        warnings.warn(
+            "95 % of the samples lie within a tenth of the root mean square distance from the "
+            "mean, so that a few far ones decide what all others look like (of those looked at, "
+            f"row {looked_at[far]} is the farthest, at {float(lengths[far]) ** 0.5:.3g} times that "
+            "distance). Drop them if they are errors or codes for missing values; where the "
+            "features have long tails, take logarithms or put "
+            "sklearn.preprocessing.RobustScaler or QuantileTransformer in front.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def linear_space(rows, n_pcs):

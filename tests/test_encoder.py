@@ -149,6 +149,27 @@ def test_input_of_the_network_has_unit_scale_and_keeps_directions(blobs, n_pcs):
     assert far.scale_ == pytest.approx(tiny(n_pcs=n_pcs).fit(blobs[0]).scale_, rel=1e-2)
 
 
+def test_a_few_far_rows_are_named_for_they_set_the_scale(blobs):
+    X = np.vstack([blobs[0], np.full((2, blobs[0].shape[1]), 99_999.0)])
+    with pytest.warns(UserWarning, match=f"row {len(X) - 2} is the farthest"):
+        tiny().fit(X)
+
+
+@pytest.mark.parametrize(
+    "X",
+    [
+        np.random.default_rng(0).standard_t(2, (300, 20)),  # long tails
+        np.eye(20)[np.arange(300) % 20],
+        np.r_[np.zeros((280, 20)), np.random.default_rng(0).normal(5, 1, (20, 20))],  # a rare type
+        np.ones((60, 20)),
+    ],
+    ids=["long tails", "one-hot", "rare type", "constant"],
+)
+@pytest.mark.filterwarnings("error:.*samples lie within:UserWarning")
+def test_long_tails_and_rare_types_are_not_taken_for_errors(X):
+    tiny().fit(X)
+
+
 def test_precision_and_device_are_checked(blobs):
     with pytest.raises(ValueError, match="is not a device"):
         tiny(device="abacus").fit(blobs[0])
