@@ -359,7 +359,10 @@ class TrainingCurveDisplay:
         self.ax_.set(xlabel="epoch", xlim=(0.5, len(loss) + 0.5))
         self.ax_.xaxis.get_major_locator().set_params(integer=True)
         if len(kinds) > 2:
-            self.ax_.legend(handles=[n for n in self.lines_ if n.get_label()[0] != "_"])
+            # Below the axes: inside, it would hide a curve of the right one, which it cannot see.
+            named = [line for line in self.lines_ if line.get_label()[0] != "_"]
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 3.5}
+            self.ax_.legend(handles=named, ncols=len(named), frameon=False, **below)
         return self
 
     def _phase(self, kind, kinds):

@@ -133,7 +133,6 @@ def generate(X, y, groups, vanilla, seed, tissue, args):
     made = vanilla.transform(views[0])
     report = quality_report(made, np.arange(len(X)), embeddings, labels=y, random_state=0)
     record = report.to_frame().squeeze().to_dict() | {
-        "frechet_generated": frechet_distance(embeddings, made),
         "frechet_real_halves": frechet_distance(embeddings[::2], embeddings[1::2]),
         # How far from its source the first encoder sees a view: what it could still teach.
         "cosine_of_generated": _mean_cosine(embeddings, made),
