@@ -13,14 +13,17 @@ A_f              ``aggregate_attention``: all resolutions on one grid, weights a
 D(., .), tau, N  symmetric Kullback-Leibler divergence, `merge_threshold`, `n_iterations`
 M x M grid       `n_anchors`
 L_p, NMS         ``merge_attention``: proposals; each pixel goes to the one that is largest there
+k-means          ``cluster_attention``: `refine`, or `n_segments` instead of the merging
 ===============  ===========================================================================
 """
 
+import warnings
 from numbers import Integral, Real
 
 import numpy as np
 import torch
 from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch.nn import functional as F
@@ -54,7 +57,8 @@ class ZeroShotSegmenter(TorchEstimator):
 
     Each image goes through the denoiser once, without noise. Its attention maps are brought to one
     grid; those of a grid of anchors are merged while their divergence is below a threshold; each
-    pixel then goes to the merged map that is largest there. The segments have numbers, not names.
+    pixel then goes to the merged map that is largest there. Where the number of segments is known,
+    all maps are clustered into as many instead. The segments have numbers, not names.
 
     Parameters
     ----------
@@ -71,14 +75,18 @@ class ZeroShotSegmenter(TorchEstimator):
         Divergence in nats below which maps are merged; the higher, the fewer segments. How peaked
         the maps are depends on the network: DiffSeg has 0.9 for Stable Diffusion, DiNO-Diffusion
         0.05. "auto" reads it from the training images, see `quantile`.
+    n_segments : int or None, default=None
+        Segments of each image, where their number is known, as 2 for one kind of object and the
+        rest: k-means of the logarithms of all maps takes the place of the merging and of its
+        threshold. None lets the merging find how many there are.
     n_anchors : int, default=16
         Rows and columns of the grid of anchors, at most those of the attention.
     n_iterations : int, default=3
         Rounds of merging. The first averages all maps near each anchor, those that follow join the
         proposals; 1 leaves one proposal per anchor.
     refine : bool, default=False
-        Whether k-means over all maps, from the proposals, has the last word. DiffSeg's benchmark
-        does without.
+        Whether k-means of the logarithms of all maps, from the proposals, has the last word.
+        DiffSeg's benchmark does without.
     quantile : float in (0, 1), default=0.2
         For ``merge_threshold="auto"``: share of the pairs of anchors, over at most 64 images of
         ``fit``, whose divergence lies below the threshold. Lower than the 1 / k of all pairs that
@@ -106,8 +114,8 @@ class ZeroShotSegmenter(TorchEstimator):
         The fitted model.
     timestep_ : int
         The noise level in use.
-    merge_threshold_ : float
-        The threshold in use.
+    merge_threshold_ : float or None
+        The threshold in use; None with `n_segments`.
     history_ : DataFrame
         One row per epoch of the diffusion; empty if it was frozen.
     n_iter_ : int
@@ -124,7 +132,10 @@ class ZeroShotSegmenter(TorchEstimator):
     DiffSeg's published code, followed where the paper is silent: layers of one resolution are
     averaged, then heads; of each map the places looked to are interpolated and normalised again,
     the positions that look are repeated; the divergence is summed over the map. Unlike there, all
-    is float32, any resolutions and sizes will do, and the threshold can be found.
+    is float32, any resolutions and sizes will do, and the threshold can be found. K-means is there
+    over the maps, here over their logarithms, which are linear in the query of a position where
+    the maps are the softmax of its products with all keys, so that a mean of logarithms is the map
+    of a mean query.
 
     Measured on images of two textures of one brightness (16 x 16, 352 steps; segments found, and
     mean IoU with the background): quantile 0.1 gives 7.9 and 36, 0.15 4.2 and 42, 0.2 2.8 and 43,
@@ -156,6 +167,7 @@ class ZeroShotSegmenter(TorchEstimator):
         "diffusion": [HasMethods(["fit", "sample"]), StrOptions({"auto"})],
         "timestep": [Interval(Integral, 0, None, closed="left"), StrOptions({"auto"})],
         "merge_threshold": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
+        "n_segments": [Interval(Integral, 1, None, closed="left"), None],
         "n_anchors": [Interval(Integral, 1, None, closed="left")],
         "n_iterations": [Interval(Integral, 1, None, closed="left")],
         "refine": ["boolean"],
@@ -176,6 +188,7 @@ class ZeroShotSegmenter(TorchEstimator):
         timestep="auto",
         merge_threshold="auto",
         *,
+        n_segments=None,
         n_anchors=16,
         n_iterations=3,
         refine=False,
@@ -197,6 +210,7 @@ class ZeroShotSegmenter(TorchEstimator):
         self.diffusion = diffusion
         self.timestep = timestep
         self.merge_threshold = merge_threshold
+        self.n_segments = n_segments
         self.n_anchors = n_anchors
         self.n_iterations = n_iterations
         self.refine = refine
@@ -234,7 +248,8 @@ class ZeroShotSegmenter(TorchEstimator):
         Raises
         ------
         ValueError
-            For input that cannot be used, or a timestep or resolution that the model has not.
+            For input that cannot be used, a timestep or resolution that the model has not, or more
+            segments than positions of its attention.
         TypeError
             If the denoiser of the diffusion is no U-Net.
         """
@@ -250,10 +265,17 @@ class ZeroShotSegmenter(TorchEstimator):
             diffusion.fit(rows)
         self._set_fitted(diffusion)
 
-        if self.merge_threshold == "auto":
+        attention, shape, _ = self._attention(rows, 0)  # so that what it has not is refused here
+        if self.n_segments is not None:
+            if self.n_segments > len(attention):
+                raise ValueError(
+                    f"n_segments={self.n_segments}, but the attention maps of these images have "
+                    f"{len(attention)} positions, {shape[0]} x {shape[1]}."
+                )
+            self.merge_threshold_ = None
+        elif self.merge_threshold == "auto":
             self.merge_threshold_ = self._find_threshold(rows)
         else:
-            self._attention(rows, 0)  # so that what the model has not is refused here
             self.merge_threshold_ = float(self.merge_threshold)
         return self
 
@@ -275,24 +297,24 @@ class ZeroShotSegmenter(TorchEstimator):
         NotFittedError, ValueError
             Before ``fit``; for input that does not match it.
         """
-        check_is_fitted(self, "merge_threshold_")
+        check_is_fitted(self, "timestep_")
         rows = self._check_input(X, reset=False)
         masks = np.empty((len(rows), *self.image_shape_[:2]), np.int32)
         for i in range(len(rows)):
             attention, shape, cell = self._attention(rows, i)
-            proposals = merge_attention(
-                attention,
-                self.merge_threshold_,
-                anchor_positions(shape, self.n_anchors),
-                n_iterations=self.n_iterations,
-            )
-            if self.refine:
-                proposals = _refined(attention, proposals)
-            proposals = proposals.view(-1, 1, *shape)
+            segments = self.n_segments
+            if segments is None:
+                segments = merge_attention(
+                    attention,
+                    self.merge_threshold_,
+                    anchor_positions(shape, self.n_anchors),
+                    n_iterations=self.n_iterations,
+                )
+            if self.refine or self.n_segments is not None:
+                segments = cluster_attention(attention, segments)
+            segments = segments.view(-1, 1, *shape)
             height, width = masks.shape[1:]
-            large = F.interpolate(
-                proposals, scale_factor=cell, mode="bilinear", align_corners=False
-            )
+            large = F.interpolate(segments, scale_factor=cell, mode="bilinear", align_corners=False)
             masks[i] = _by_size(large[:, 0, :height, :width].argmax(dim=0).cpu().numpy())
         return masks
 
@@ -323,7 +345,7 @@ class ZeroShotSegmenter(TorchEstimator):
         scores = {"dice": matched_dice, "iou": matched_iou}
         if metric not in scores:
             raise ValueError(f"metric must be 'dice' or 'iou', got {metric!r}.")
-        check_is_fitted(self, "merge_threshold_")
+        check_is_fitted(self, "timestep_")
         y = np.asarray(to_numpy(y))
         height, width = self.image_shape_[:2]
         if y.ndim == 1:
@@ -603,14 +625,42 @@ def merge_attention(attention, threshold, anchors, n_iterations=3):
     return proposals
 
 
-def _refined(attention, proposals):
-    """Means of the clusters that k-means makes of all maps, started from the proposals."""
+def cluster_attention(attention, start):
+    """Cluster all maps by k-means of their logarithms.
+
+    Parameters
+    ----------
+    attention : Tensor of shape (n, n)
+        One distribution per position. Values below a hundredth of the uniform 1 / n count as such.
+    start : int or Tensor of shape (k, n)
+        Number of clusters, or the distributions to start from.
+
+    Returns
+    -------
+    Tensor of shape (k, n), float32
+        Negative squared distance of each position's map from the mean of each cluster.
+
+    Examples
+    --------
+    >>> import torch
+    >>> attention = torch.tensor([[0.5, 0.5, 0, 0]] * 2 + [[0, 0, 0.5, 0.5]] * 2)
+    >>> cluster_attention(attention, 2).argmax(dim=0).unique(return_counts=True)[1].tolist()
+    [2, 2]
+    """
     from sklearn.cluster import KMeans
 
-    start = proposals.cpu().numpy()
-    model = KMeans(len(start), init=start, n_init=1).fit(attention.cpu().numpy())
-    centers = torch.from_numpy(np.asarray(model.cluster_centers_, dtype=np.float32))
-    return centers.to(attention.device)
+    def logarithm(maps):
+        return maps.clamp(min=0.01 / maps.shape[1]).log().cpu().numpy()
+
+    if isinstance(start, Integral):
+        model = KMeans(start, n_init=3, random_state=0)
+    else:
+        model = KMeans(len(start), init=logarithm(start), n_init=1)
+    with warnings.catch_warnings():
+        # An image of one colour has fewer maps than clusters: some of them stay empty.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        distances = model.fit_transform(logarithm(attention))
+    return -torch.from_numpy(distances.T.astype(np.float32)).to(attention.device).square()
 
 
 def _by_size(mask):

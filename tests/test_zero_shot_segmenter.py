@@ -8,6 +8,7 @@ import torch
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
+from sklearn.metrics import adjusted_rand_score
 from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
 
 from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder, load
@@ -16,6 +17,7 @@ from diffaugkit.zero_shot_segmenter import (
     ZeroShotSegmenter,
     aggregate_attention,
     anchor_positions,
+    cluster_attention,
     merge_attention,
     symmetric_divergence,
 )
@@ -188,8 +190,8 @@ class Attending:
         return maps
 
 
-@pytest.mark.parametrize("refine", [False, True])
-def test_blocks_come_out_exactly(X, monkeypatch, refine):
+@pytest.mark.parametrize("how", [{}, {"refine": True}, {"n_segments": 3}], ids=str)
+def test_blocks_come_out_exactly(X, monkeypatch, how):
     regions = np.zeros((12, 10), int)
     regions[2:8, 2:6] = 1
     regions[8:, 6:] = 2
@@ -197,7 +199,7 @@ def test_blocks_come_out_exactly(X, monkeypatch, refine):
     attending = Attending(regions)
     monkeypatch.setattr(model, "attention_maps", attending, raising=False)
     segmenter = tiny(
-        FrozenEstimator(model), merge_threshold=1.0, n_anchors=16, refine=refine, timestep=40
+        FrozenEstimator(model), merge_threshold=1.0, n_anchors=16, timestep=40, **how
     ).fit(X)
     masks = segmenter.predict(X[:2])
     np.testing.assert_array_equal(masks, np.stack([regions, regions]))
@@ -208,10 +210,37 @@ def test_blocks_come_out_exactly(X, monkeypatch, refine):
     # One anchor sees its own region only: a segment of everything.
     assert (tiny(FrozenEstimator(model), n_anchors=1).fit(X).predict(X[:1]) == 0).all()
     # A high threshold merges all, a low one leaves each its own; the numbers go by size.
-    high = clone(segmenter).set_params(merge_threshold=100.0).fit(X)
+    high = clone(segmenter).set_params(merge_threshold=100.0, n_segments=None).fit(X)
     assert (high.predict(X[:1]) == 0).all()
     sizes = np.bincount(masks[0].ravel())
     assert (np.diff(sizes) <= 0).all()
+
+
+def test_clusters_are_those_of_k_means_of_logarithms():
+    rng = np.random.default_rng(0)
+    kind = rng.permutation(np.repeat([0, 1, 2], 20))
+    logits = 3 * rng.normal(size=(3, 60))[kind] + 0.3 * rng.normal(size=(60, 60))
+    maps = torch.softmax(torch.from_numpy(logits), dim=1).float()
+    floor = maps.double().numpy().clip(min=0.01 / 60)
+    found = cluster_attention(maps, 3)
+    members = found.argmax(dim=0).numpy()
+    assert adjusted_rand_score(kind, members) == 1.0
+    means = np.stack([np.log(floor)[members == k].mean(axis=0) for k in range(3)])
+    distances = ((np.log(floor)[None] - means[:, None]) ** 2).sum(axis=-1)
+    np.testing.assert_allclose(-found.numpy(), distances, rtol=1e-4, atol=1e-3)
+
+
+def test_as_many_segments_as_asked(X, diffusion):
+    model = tiny(diffusion, n_segments=2).fit(X)
+    assert model.merge_threshold_ is None
+    masks = model.predict(X)
+    assert masks.max() == 1
+    np.testing.assert_array_equal(masks[3:5], model.predict(X[3:5]))
+    np.testing.assert_array_equal(masks, pickle.loads(pickle.dumps(model)).predict(X))
+    flat = np.full_like(X[:1], 100)  # fewer kinds of maps than segments: no error, no warning
+    assert model.predict(flat).shape == (1, 12, 10)
+    with pytest.raises(ValueError, match=r"n_segments=121, but .* 120 positions, 12 x 10"):
+        tiny(diffusion, n_segments=121).fit(X)
 
 
 # ---- the estimator -------------------------------------------------------------------------------

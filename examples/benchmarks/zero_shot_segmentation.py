@@ -7,11 +7,12 @@ split, without their masks. Nuclei: tiles of the immunohistochemistry picture of
 truth being haematoxylin by colour deconvolution, above Otsu's threshold; the upper half of the
 picture is for choosing, the lower half for the result.
 
-Every method has one number to choose: the segments of k-means, the share of pairs of anchors below
-the merging threshold. It is chosen by the masks of the training part and reported on the test part,
-as the paper does with threshold and timestep; "attention, auto" takes the library's defaults and
-looks at no mask. Mind the first line of each table: where masks cover half of the images, one
-segment of everything has a Dice of two thirds.
+Every method has one number to choose: the segments of k-means (of colours, of features, or of
+attention maps by ``n_segments``), or the share of pairs of anchors below the merging threshold. It
+is chosen by the masks of the training part and reported on the test part, as the paper does with
+threshold and timestep; "attention, auto" takes the library's defaults and looks at no mask. Mind
+the first line of each table: where masks cover half of the images, one segment of everything has a
+Dice of two thirds.
 
 The curves vary one number at a time. Each result is written as it comes, fitted models are kept
 beside the result file, and a second run goes on where the first stopped::
@@ -46,6 +47,7 @@ METHODS = {
     "auto": "attention, auto",
     "attention": "attention, threshold chosen",
     "refined": "attention, then k-means",
+    "clusters": "k-means, attention maps",
 }
 SCORES = {
     "dice": "Dice of the best segment",
@@ -232,8 +234,11 @@ def run(args, results):
             for quantile in QUANTILES:
                 attention(f"attention|{quantile}", model, quantile=quantile)
                 attention(f"refined|{quantile}", model, quantile=quantile, refine=True)
+            for k in SEGMENTS:
+                attention(f"clusters|{k}", model, n_segments=k)
             for timestep in TIMESTEPS:
                 attention(f"timestep|{timestep}", model, timestep=timestep)
+                attention(f"halves|{timestep}", model, timestep=timestep, n_segments=2)
 
 
 def chosen(records, name, seed, method):
@@ -261,7 +266,12 @@ def tables(results):
                 rows.append([title, *cells, f"{np.mean([r['segments'] for r in found]):.1f}"])
         print(f"\n{name}: mean over test images, {len(seeds)} seeds\n")
         print(markdown(["method", *SCORES.values(), "segments"], rows))
-        for method, numbers in (("timestep", TIMESTEPS), ("attention", QUANTILES)):
+        curves = {
+            "halves": ("timestep, two segments", TIMESTEPS),
+            "timestep": ("timestep, quantile 0.2", TIMESTEPS),
+            "attention": ("quantile, timestep 300", QUANTILES),
+        }
+        for method, (first, numbers) in curves.items():
             rows = []
             for number in numbers:
                 found = [records.get(f"{name}|{seed}|{method}|{number}") for seed in seeds]
@@ -269,10 +279,10 @@ def tables(results):
                 if found:
                     test = [r["test"] for r in found]
                     means = [f"{np.mean([r[score] for r in test]):.1f}" for score in SCORES]
-                    threshold = np.mean([r["threshold"] for r in found])
+                    thresholds = [r["threshold"] for r in found if r["threshold"] is not None]
+                    threshold = f"{np.mean(thresholds):.3g}" if thresholds else "/"
                     n = np.mean([r["segments"] for r in test])
-                    rows.append([number, f"{threshold:.3g}", *means, f"{n:.1f}"])
-            first = "timestep" if method == "timestep" else "quantile"
+                    rows.append([number, threshold, *means, f"{n:.1f}"])
             print("\n" + markdown([first, "threshold", *SCORES.values(), "segments"], rows))
 
 
