@@ -45,6 +45,7 @@ def all_or_nothing(fit):
 
     @functools.wraps(fit)
     def run(self, *args, **kwargs):
+        _check_outlets(self)
         before = dict(vars(self))
         try:
             return fit(self, *args, **kwargs)
@@ -54,6 +55,27 @@ def all_or_nothing(fit):
             raise
 
     return run
+
+
+def _check_outlets(estimator):
+    """Refuse, before any work, folders that cannot be written and callbacks that are none."""
+    for name in ("checkpoint_dir", "store_dir"):
+        folder = getattr(estimator, name, None)
+        if folder is None:
+            continue
+        path = Path(folder).absolute()
+        there = next(part for part in (path, *path.parents) if os.path.lexists(part))
+        if not there.is_dir():
+            raise NotADirectoryError(f"{name}={str(folder)!r}: {there} is not a folder.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(f"{name}={str(folder)!r}: {there} may not be written to.")
+    callbacks = getattr(estimator, "callbacks", None)
+    for number, callback in enumerate(callbacks if isinstance(callbacks, list | tuple) else ()):
+        if not callable(callback):
+            raise TypeError(
+                f"callbacks[{number}] is {callback!r}; it must be a function, called as "
+                "callback(epoch, history)."
+            )
 
 
 class TorchEstimator(BaseEstimator):
@@ -86,7 +108,8 @@ class TorchEstimator(BaseEstimator):
         Folder from which a killed fit goes on, exactly; see :func:`~diffaugkit.training.fit_loop`.
         With ``random_state=None`` the seed is then 0: another start could not go on otherwise.
     callbacks : callable, list of callables or None, default=None
-        ``callback(epoch, history)`` after each epoch; True stops the fit.
+        ``callback(epoch, history)`` after each epoch; True stops the fit, or, in an estimator of
+        several phases, the phase that is running.
     """
 
     _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)

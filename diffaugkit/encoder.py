@@ -111,7 +111,8 @@ class SelfSupervisedEncoder(TorchTransformer):
     backbone : str or nn.Module, default="auto"
         Network for images: ``"small_resnet"`` (1.2 million weights, for 8 to 64 pixels),
         ``"small_vit"`` (2.7 million; it has attention maps), a name of timm, or a module from
-        (B, C, H, W) to (B, F), of which a copy is trained. "auto" is "small_resnet", which learned
+        (B, C, H, W) to (B, F), of which a copy is trained (it cannot be saved by ``save``, which
+        builds networks from names; pickle and joblib can). "auto" is "small_resnet", which learned
         far more in a short fit on few images (DINO on 500 digits). For vectors "auto" is
         ``"mlp"``, and there is no other.
     n_components : int or "auto", default="auto"

@@ -62,6 +62,8 @@ def rows_of_images(X, known_shape=None, known_layout=None):
         return X if X.is_image else None
     if isinstance(X, str | os.PathLike):
         return _images_at(os.fspath(X))
+    if is_a(X, "torch", "DataLoader"):
+        raise TypeError("X is a DataLoader; batches are made here: give its dataset, X.dataset.")
     if is_a(X, "torch", "IterableDataset") or (hasattr(X, "__next__") and not hasattr(X, "shape")):
         raise TypeError(
             f"X is a stream ({type(X).__name__}), which has no order to come back to: give a "
@@ -93,10 +95,18 @@ def _rows_of_array(X, known_shape, known_layout):
     return ImageRows(X, layout=first)
 
 
+def _is_image(value):
+    return hasattr(value, "getbands") or len(getattr(value, "shape", ())) in (2, 3)
+
+
 def _rows_of_list(X, known_shape, known_layout):
     """Read lists and 1-D arrays: paths, shards, PIL images, or arrays to be stacked."""
     items = X if isinstance(X, list | tuple) else np.asarray(X)
     first = items[0] if len(items) else None
+    if isinstance(first, tuple) and first and _is_image(first[0]):
+        # Items of a torch Dataset, as cross-validation picks them: the image comes first.
+        items = [item[0] for item in items]
+        first = items[0]
     if isinstance(first, str | os.PathLike):
         shards = [str(item).endswith(".tar") for item in items]
         return ShardRows(items) if all(shards) else FileImageRows(items)

@@ -316,12 +316,18 @@ def feature_width(backbone, shape, features="auto", n_last=4):
     if width is not None and features != "last_n":
         return int(width)
     training = backbone.training
-    with torch.no_grad():
-        h, w, c = shape
-        x = torch.zeros(1, c, h, w)
-        width = image_features(backbone.eval(), x, features, n_last).shape[1]
-    backbone.train(training)
-    return width
+    h, w, c = shape
+    x = torch.zeros(1, c, h, w)
+    try:
+        with torch.no_grad():
+            return image_features(backbone.eval(), x, features, n_last).shape[1]
+    except RuntimeError as error:
+        raise ValueError(
+            f"The backbone {type(backbone).__name__} cannot take images of shape "
+            f"{tuple(x.shape)} (batch, channels, height, width): {error}"
+        ) from error
+    finally:
+        backbone.train(training)
 
 
 def make_backbone(backbone, shape, *, pretrained=None, drop_path=0.0, load=True):

@@ -140,7 +140,7 @@ def save(estimator, path):
         raise TypeError(f"save takes an estimator, got {kind}; write_folder takes plain data")
     packer = _Packer()
     document = packer.pack(estimator, kind)
-    _write(Path(path), packer.tensors, packer.kinds, document)
+    _write(Path(path).expanduser(), packer.tensors, packer.kinds, document)
 
 
 def load(path):
@@ -169,7 +169,7 @@ def load(path):
     --------
     save : Save an estimator; has an example.
     """
-    tensors, document, name = _read(Path(path))
+    tensors, document, name = _read(Path(path).expanduser())
     unpacker = _Unpacker(tensors)
     estimator = _unpack(unpacker, document, name)
     if not isinstance(estimator, BaseEstimator):

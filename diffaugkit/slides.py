@@ -324,7 +324,8 @@ def thumbnail(slide, longest=2048):
 def _check_form(right, found):
     if not right:
         raise ValueError(
-            f"it has {found}, but slides are RGB of 8 bits: arrays (h, w, 3) uint8, colour pictures"
+            f"it has {found}, but slides are RGB of 8 bits: arrays (h, w, 3) uint8 (image[..., :3] "
+            "drops an alpha channel), colour pictures"
         )
 
 

@@ -165,6 +165,19 @@ def test_shapes_names_and_containers_of_output(make, X):
 
 
 @EVERY
+def test_outlets_are_looked_at_before_any_work(make, X, tmp_path, monkeypatch):
+    def work(*args, **kwargs):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr("diffaugkit.base.fit_loop", work)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"checkpoint_dir=.*file is not a folder"):
+        make(checkpoint_dir=tmp_path / "file" / "below").fit(X)
+    with pytest.raises(TypeError, match=r"callbacks\[1\] is 'log'"):
+        make(callbacks=[print, "log"]).fit(X)
+
+
+@EVERY
 def test_unfitted_methods_say_so(make, X):
     estimator = make()
     calls = {

@@ -158,6 +158,7 @@ DECODED = {
     "folder as Path": lambda X, tmp: write_folder(tmp, X) and tmp,
     "Dataset of PIL": lambda X, tmp: Items([(Image.fromarray(x), 3) for x in X]),
     "Dataset of arrays": lambda X, tmp: Items(X),
+    "items with PIL images": lambda X, tmp: [(Image.fromarray(x), 3) for x in X],
     "Dataset of tensors": lambda X, tmp: torch.utils.data.TensorDataset(tensor_of(X)),
     "shards": lambda X, tmp: write_shards(tmp, X),
     "list of shards": lambda X, tmp: write_shards(tmp, X, 2) and sorted(tmp.glob("*.tar")),
@@ -241,7 +242,8 @@ def test_images_that_are_decoded(name, truth, tmp_path):
     rows = gate(X)
     assert_same_pixels(rows, truth)
     assert not rows.resident
-    assert rows.in_memory == (name in ("PIL images", "array of PIL images", "lazy PIL images"))
+    in_memory = {"PIL images", "array of PIL images", "lazy PIL images", "items with PIL images"}
+    assert rows.in_memory == (name in in_memory)
     assert (rows.pixel_range, rows.layout) == ((0, 255), "channels_last")
     assert rows.shuffle_block == (256 if "shard" in name else 1)
     assert_same_pixels(pickle.loads(pickle.dumps(rows)), truth)
@@ -627,6 +629,8 @@ def test_clear_errors(truth, grey, tmp_path):
             gate(X, image_shape=(H, W, 1))
     with pytest.raises(TypeError, match="stream"):
         gate(iter([truth]))
+    with pytest.raises(TypeError, match=r"X\.dataset"):
+        gate(torch.utils.data.DataLoader([*truth]))
     with pytest.raises(TypeError, match="sparse tensor"):
         gate(tensor_of(truth).float().to_sparse())
 

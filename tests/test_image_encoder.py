@@ -207,6 +207,7 @@ def test_weight_decay_may_rise(X, monkeypatch, given, used):
     [
         ({"backbone": "mlp"}, "is for vectors"),
         ({"backbone": "resnet_of_mine"}, "is neither"),
+        ({"backbone": torch.nn.Conv2d(7, 8, 3)}, r"Conv2d cannot take images of shape \(1, "),
         ({"augmentation": "fancy"}, "no recipe 'fancy'"),
         ({"augmentation": {"flop": 1}}, "no value of a recipe"),
         ({"method_options": {"bottelneck": 8}}, "bottelneck"),
