@@ -239,8 +239,9 @@ def run(args, results):
                     continue
                 start, generator = time.perf_counter(), None
                 if variant != "unpretrained":
-                    folder = Path(f"{args.out}.models") / f"{source}-{args.size}-{seed}"
-                    generator = pretrained(args, source, seed, folder)
+                    start_seed = args.seeds[0] if args.one_pretraining else seed
+                    folder = Path(f"{args.out}.models") / f"{source}-{args.size}-{start_seed}"
+                    generator = pretrained(args, source, start_seed, folder)
                 made = pools(args, variant, generator, *own, seed)
                 print(f"  {variant}: {time.perf_counter() - start:.0f} s", flush=True)
                 for kind, ratio in todo:
@@ -297,6 +298,9 @@ def main():
     parser.add_argument("--sampling-steps", type=int, default=50)
     parser.add_argument("--steps", type=int, default=600, help="of each judge")
     parser.add_argument("--epochs", type=int, help="of every other network; default: the library's")
+    parser.add_argument(
+        "--one-pretraining", action="store_true", help="that of the first seed, for all seeds"
+    )
     parser.add_argument("--out", default="histodiffusion.json", help="resumed when it exists")
     parser.add_argument("--quick", action="store_true", help="hardly trained: a smoke test")
     parser.add_argument("--tables", action="store_true", help="run nothing, print the tables")
