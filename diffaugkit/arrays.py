@@ -1,10 +1,11 @@
-"""Arrays from tensors, and from images of any layout: needed by metrics and displays alike."""
+"""Arrays from tensors and from images of any layout, and checks of labels and of groups."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from sklearn.utils import column_or_1d
 
 # Numbers of channels by which an axis is known to be that of the channels.
 _CHANNELS = (1, 3, 4)
@@ -17,6 +18,41 @@ def to_numpy(X):
     X = X.detach().cpu()
     # NumPy knows no bfloat16.
     return (X.float() if str(X.dtype) == "torch.bfloat16" else X).numpy()
+
+
+def refuse_missing(values, name, what="labels", cure="drop those samples first"):
+    """Raise a ValueError that names the rows where there is no value: NaN, None, NA or NaT."""
+    import pandas as pd
+
+    if isinstance(values, list | tuple):
+        # Else NumPy makes the string "nan" of a NaN among strings.
+        values = np.asarray(values, dtype=object)
+    missing = np.atleast_1d(pd.isna(to_numpy(values)))
+    rows = np.flatnonzero(missing.any(axis=tuple(range(1, missing.ndim))))
+    if len(rows):
+        listed = ", ".join(map(str, rows[:5])) + ", ..." * (len(rows) > 5)
+        raise ValueError(f"{name} has missing {what} (NaN or None) in rows {listed}: {cure}.")
+
+
+def check_groups(groups, n):
+    """Return the group of each of `n` rows as an array of shape (n,), None if there are none."""
+    if groups is None:
+        return None
+    refuse_missing(groups, "groups", "values", "name them or drop those rows")
+    groups = column_or_1d(to_numpy(groups))
+    if len(groups) != n:
+        raise ValueError(
+            f"groups and X have inconsistent lengths: {len(groups)} and {n}. Give one group for "
+            "each row."
+        )
+    return groups
+
+
+def some(names, most=5):
+    """List at most five names, and how many more there are."""
+    names = [str(name) for name in names]
+    more = f", ... and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def channel_last(images: Any, image_shape: Sequence[int] | None = None) -> np.ndarray:

@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from sklearn.utils import assert_all_finite
 from sklearn.utils.validation import check_array, check_non_negative, validate_data
 
+from diffaugkit.arrays import some
 from diffaugkit.image_inputs import is_a, reading_range, rows_of_images
 from diffaugkit.image_rows import ImageRows, resolve_image_shape
 from diffaugkit.rows import BackedRows, DenseRows, Rows, SparseRows
@@ -289,7 +290,7 @@ def _validated(estimator, X, reset, limits, **more):
         if not columns or not ("convert" in str(error) or isinstance(error, TypeError)):
             raise
         raise ValueError(
-            f"X has columns that hold no numbers: {_some(columns)} ({error}). "
+            f"X has columns that hold no numbers: {some(columns)} ({error}). "
             "Drop or encode them, for example X.select_dtypes('number')."
         ) from error
     names = getattr(estimator, "feature_names_in_", None) if hasattr(X, "columns") else None
@@ -303,18 +304,13 @@ def _columns_without_numbers(X):
     import pandas as pd
 
     numeric = X.select_dtypes(["number", "bool"]).columns
+    times = X.select_dtypes(["datetime", "datetimetz", "timedelta"]).columns
     return [
         name
         for name in X.columns
-        if name not in numeric and pd.to_numeric(X[name], errors="coerce").isna().any()
+        if name in times
+        or (name not in numeric and pd.to_numeric(X[name], errors="coerce").isna().any())
     ]
-
-
-def _some(names, most=5):
-    """List at most five names, and how many more there are."""
-    names = [str(name) for name in names]
-    more = f", ... and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _check_anndata(estimator, adata, reset, layer, limits):
@@ -324,13 +320,13 @@ def _check_anndata(estimator, adata, reset, layer, limits):
     if layer is not None and layer not in parent.layers:
         raise ValueError(
             f"layer={layer!r} is not in the AnnData, which has the layers "
-            f"{_some(parent.layers) or '(none)'}; layer=None reads .X."
+            f"{some(parent.layers) or '(none)'}; layer=None reads .X."
         )
     matrix = parent.X if layer is None else parent.layers[layer]
     if matrix is None:
         raise ValueError(
             "The AnnData has no .X; name the matrix to read with layer=, one of: "
-            f"{_some(parent.layers) or '(none)'}."
+            f"{some(parent.layers) or '(none)'}."
         )
     if type(matrix).__module__.split(".")[0] == "dask":
         raise TypeError(
@@ -372,7 +368,7 @@ def _align_genes(estimator, adata, reset):
     if not needed.is_unique:
         repeated = needed[needed.duplicated()].unique()
         raise ValueError(
-            f"Gene names must be unique, but these are repeated: {_some(repeated)}. "
+            f"Gene names must be unique, but these are repeated: {some(repeated)}. "
             "Call adata.var_names_make_unique() first."
         )
     if wanted is None:
@@ -381,7 +377,7 @@ def _align_genes(estimator, adata, reset):
     if missing:
         raise ValueError(
             f"The AnnData lacks {len(missing)} of the {len(wanted)} genes that "
-            f"{type(estimator).__name__} was fitted with: {_some(missing)}. Genes are matched by "
+            f"{type(estimator).__name__} was fitted with: {some(missing)}. Genes are matched by "
             "adata.var_names; are they of the same kind (symbols or Ensembl identifiers)?"
         )
     if len(found) == len(wanted) and np.array_equal(found, wanted):

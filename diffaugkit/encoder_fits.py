@@ -11,8 +11,8 @@ import warnings
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.utils.validation import check_consistent_length, column_or_1d
 
+from diffaugkit.arrays import check_groups
 from diffaugkit.augmentations import (
     ImageViews,
     image_recipe,
@@ -171,9 +171,7 @@ class ImageFit:
                 "of Gen-SIS mixes logits of DINO's teacher."
             )
         n = len(rows)
-        groups = None if groups is None else column_or_1d(groups)
-        if groups is not None and len(groups) != n:
-            raise ValueError(f"groups has {len(groups)} entries for {n} images.")
+        groups = check_groups(groups, n)
         if isinstance(interpolations, str) and interpolations == "pixels":
             self.between = "pixels"
             seed = self.encoder._child_seed(self.seed, 2)
@@ -207,7 +205,7 @@ class ImageFit:
             bad = int(np.flatnonzero(groups == groups[partners])[0])
             raise ValueError(
                 f"Image {bad} was interpolated with image {int(partners[bad])} of its own group "
-                f"{groups[bad]!r}: with groups, partners come from another one."
+                f"{groups.tolist()[bad]!r}: with groups, partners come from another one."
             )
         self.between = images.pixel_range
         return [images, torch.from_numpy(partners.astype(np.int64)), torch.from_numpy(alphas)]
@@ -271,7 +269,7 @@ def auto_out_dim(encoder, rows, method):
     """Prototypes of DINO's head: a power of two that follows the number of samples."""
     if method != "dino":
         return None
-    if encoder._goes_on():
+    if encoder._goes_on() and encoder.out_dim_ is not None:
         return encoder.out_dim_
     if encoder.out_dim != "auto":
         return encoder.out_dim
@@ -307,7 +305,7 @@ def draw_partners(n, groups, seed):
     Raises
     ------
     ValueError
-        If all rows are of one group.
+        If all rows are of one group, or some of none.
 
     Examples
     --------
@@ -317,8 +315,7 @@ def draw_partners(n, groups, seed):
     rng = np.random.default_rng(seed)
     if groups is None:
         return (np.arange(n) + rng.integers(1, n, size=n)) % n
-    groups = column_or_1d(groups)
-    check_consistent_length(groups, np.empty(n))
+    groups = check_groups(groups, n)
     kinds, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if len(kinds) < 2:
         raise ValueError(

@@ -18,10 +18,11 @@ import torch
 from sklearn.base import ClassifierMixin
 from sklearn.utils import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import nn
 from torch.nn import functional as F
 
+from diffaugkit.arrays import check_groups, refuse_missing, some
 from diffaugkit.base import Interval, StrOptions, TorchEstimator, _fit_context, all_or_nothing
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
@@ -87,9 +88,13 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
     Notes
     -----
     Bags come in two forms. A list of arrays (n_i, d), with one label per array. Or a table (n, d)
-    with `groups`, which name the bag of each row, as a patch table does: labels are then one per
-    row, the same for all rows of a group, or one per group in the order of ``np.unique(groups)``,
-    the order of all results. A table without `groups` holds bags of one instance each.
+    with `groups`, which name the bag of each row, as a patch table does: all results are then in
+    the order of ``np.unique(groups)``. A table without `groups` holds bags of one instance each;
+    after a fit with `groups` it is refused.
+
+    With `groups` labels are one per row, the same for all rows of a group, or one per group: by
+    name, where they are a Series whose index holds the groups in any order, such as
+    ``slides.set_index("slide")["label"]``, else in the order of ``np.unique(groups)``.
 
     Measured on 100 made bags of 50 to 100 instances in 10 dimensions, of which two, three standard
     deviations away in two of them, decide (3 seeds, 40 epochs, rate 2e-3): accuracy on other bags
@@ -113,6 +118,8 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
     >>> mil.score(bags, y), mil.attention(bags[1:2])[0].argmax()
     (1.0, np.int64(0))
     """
+
+    _extra_state = ("_with_groups",)
 
     _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
         **TorchEstimator._parameter_constraints,
@@ -178,7 +185,8 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         X : list of array-like of shape (n_i, n_features), or table of shape (n, n_features)
             Bags, or rows of bags with `groups`.
         y : array-like of shape (n_bags,), or (n,) with `groups`
-            Labels of the bags.
+            Labels of the bags. With `groups` a Series of one label per group goes by the names in
+            its index, if these are the groups.
         groups : array-like of shape (n,) or None, default=None
             Bag of each row of a table.
 
@@ -189,8 +197,8 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         Raises
         ------
         ValueError
-            For empty bags, bags of different width, labels that differ within a group, or a single
-            class.
+            For empty bags, bags of different width, missing labels or groups, labels that differ
+            within a group or do not go with the groups, or a single class.
         """
         import pandas as pd
 
@@ -198,12 +206,13 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
             )
+        self._with_groups = groups is not None
         rows, bags, index = self._bags(X, groups, reset=True)
-        labels = _labels_of_bags(y, len(rows), bags, groups)
+        labels = _labels_of_bags(y, len(bags), groups)
         check_classification_targets(labels)
         self.classes_, codes = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"y has one class, {self.classes_[0]!r}: two are needed.")
+            raise ValueError(f"y has one class, {labels.tolist()[0]!r}: two are needed.")
         weight = compute_class_weight(self.class_weight, classes=self.classes_, y=labels)
         instances = torch.as_tensor(np.asarray(rows, np.float32))
         spread = instances.double().std(dim=0, correction=0)
@@ -247,6 +256,11 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         -------
         ndarray of shape (n_bags,)
             With `groups` in the order of ``np.unique(groups)``.
+
+        Raises
+        ------
+        ValueError
+            For a table without `groups` after a fit with them.
         """
         check_is_fitted(self, "module_")
         return self.classes_[self.predict_proba(X, groups=groups).argmax(axis=1)]
@@ -309,9 +323,7 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         float
         """
         found = self.predict(X, groups=groups)
-        rows = _n_rows(X)
-        bags = range(len(found)) if groups is None else [None] * len(found)
-        return float(np.mean(found == _labels_of_bags(y, rows, bags, groups)))
+        return float(np.mean(found == _labels_of_bags(y, len(found), groups)))
 
     # ---- pieces ----------------------------------------------------------------------------------
 
@@ -331,10 +343,14 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
             stops = np.cumsum([len(part) for part in parts])
             return rows, _spans(stops), np.arange(len(rows))
         rows = check_X(self, X, reset=reset, layer=self.layer)
+        groups = check_groups(groups, len(rows))
         if groups is None:
+            if self._with_groups:
+                raise ValueError(
+                    f"This {type(self).__name__} was fitted with groups, but X is a table without: "
+                    "give groups=, the bag of each row, or a list with a table per bag."
+                )
             return rows, _spans(np.arange(1, len(rows) + 1)), np.arange(len(rows))
-        groups = column_or_1d(groups)
-        check_consistent_length(rows, groups)
         _, bag, counts = np.unique(groups, return_inverse=True, return_counts=True)
         return rows, _spans(np.cumsum(counts)), np.argsort(bag, kind="stable")
 
@@ -487,23 +503,55 @@ def _is_list_of_bags(X):
     return len(getattr(first, "shape", ())) == 2
 
 
-def _n_rows(X):
-    return X.shape[0] if hasattr(X, "shape") else len(X)
-
-
-def _labels_of_bags(y, n_rows, bags, groups):
-    """One label per bag: given so, or once for each row of a group."""
-    y = column_or_1d(y, warn=True)
+def _labels_of_bags(y, n_bags, groups):
+    """One label per bag: by the names in the index of y, in their order, or from the bag's rows."""
+    refuse_missing(y, "y")
+    labels = column_or_1d(y, warn=True)
     if groups is None:
-        check_consistent_length(bags, y)
-        return y
-    names, first, bag = np.unique(groups, return_index=True, return_inverse=True)
-    if len(y) == len(names) != n_rows:
-        return y
-    check_consistent_length(groups, y)
-    different = y != y[first][bag]
-    if different.any():
+        if len(labels) != n_bags:
+            raise ValueError(
+                f"y has {len(labels)} labels, but X has {n_bags} bags; without groups each row of "
+                "a table is one."
+            )
+        return labels
+    names, first, bag = np.unique(column_or_1d(groups), return_index=True, return_inverse=True)
+    per_bag, per_row = len(labels) == len(names), len(labels) == len(bag)
+    index = _index_of_names(y, names)
+    if per_bag and index is not None and index.is_unique and index.isin(names).all():
+        return labels[index.get_indexer(names)]
+    if not per_row and (index is not None or not per_bag):
         raise ValueError(
-            f"Rows of the group {names[bag[different][0]]!r} have different labels: a bag has one."
+            f"y has {len(labels)} labels, but groups name {len(names)} bags ({len(bag)} rows)"
+            + _differences(index, names)
+            + ". Give one label for each bag or for each row, and none for slides without rows."
         )
-    return y[first]
+    if not per_row:
+        return labels
+    different = labels != labels[first][bag]
+    if different.any():
+        name = names[bag[different]].tolist()[0]
+        raise ValueError(f"Rows of the group {name!r} have different labels: a bag has one.")
+    return labels[first]
+
+
+def _index_of_names(y, names):
+    """Index of y where it holds any of these names, else None."""
+    import pandas as pd
+
+    index = getattr(y, "index", None)
+    # 0, 1, ... is what pandas counts where nobody named anything; the index of a list is a method.
+    if not isinstance(index, pd.Index) or index.equals(pd.RangeIndex(len(index))):
+        return None
+    return index if index.nlevels == 1 and index.isin(names).any() else None
+
+
+def _differences(index, names):
+    """Say which bags only one side names, and which y names twice; empty without an index."""
+    if index is None:
+        return ""
+    found = {
+        "in the index of y only": index[~index.isin(names)],
+        "in groups only": names[~np.isin(names, index)],
+        "repeated in the index of y": index[index.duplicated()].unique(),
+    }
+    return "".join(f"; {where}: {some(which)}" for where, which in found.items() if len(which))

@@ -15,6 +15,7 @@ from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from diffaugkit.arrays import check_groups
 from diffaugkit.base import HasMethods, Interval, StrOptions, TorchEstimator
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
@@ -214,9 +215,7 @@ class PretrainedUNet(TorchEstimator):
 
     def _split(self, n, groups, seed):
         """Numbers of the images to train on, and of those held out or None, by whole groups."""
-        units = np.arange(n) if groups is None else np.asarray(groups)
-        if units.shape != (n,):
-            raise ValueError(f"groups has shape {units.shape}, but X has {n} images: one each.")
+        units = np.arange(n) if groups is None else check_groups(groups, n)
         names, unit = np.unique(units, return_inverse=True)
         n_held = min(round(self.validation_fraction * len(names)), len(names) - 1)
         if not n_held:

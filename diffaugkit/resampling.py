@@ -14,6 +14,7 @@ import torch
 from sklearn.utils import InputTags, Tags, assert_all_finite, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
+from diffaugkit.arrays import check_groups, refuse_missing
 from diffaugkit.image_inputs import is_a
 from diffaugkit.image_rows import from_unit, to_unit
 
@@ -119,7 +120,7 @@ def read_targets(y):
     Raises
     ------
     ValueError
-        If `y` is None, continuous, or holds NaN.
+        If `y` is None, continuous, or has missing labels.
 
     Examples
     --------
@@ -131,7 +132,9 @@ def read_targets(y):
     """
     if y is None:
         raise ValueError("fit_resample requires y to be passed, but the target y is None")
-    y = y.toarray() if sp.issparse(y) else np.asarray(y)
+    y = y.toarray() if sp.issparse(y) else y
+    refuse_missing(y, "y")
+    y = np.asarray(y)
     if y.dtype.kind == "f":
         assert_all_finite(y, input_name="y")
     if y.ndim == 2 and y.shape[1] > 1:
@@ -254,7 +257,7 @@ class SharedLabelPairs:
     def __init__(self, labels, groups=None):
         codes = np.zeros(len(labels), dtype=np.int64)
         if groups is not None:
-            codes = np.unique(groups, return_inverse=True)[1].reshape(-1)
+            codes = np.unique(check_groups(groups, len(labels)), return_inverse=True)[1]
         table = np.column_stack([codes, labels])
         kinds, kind = np.unique(table, axis=0, return_inverse=True)
         self._members = np.argsort(kind.reshape(-1), kind="stable")

@@ -280,6 +280,10 @@ def test_warm_start_refuses_what_does_not_go_on(blobs):
         encoder.set_params(n_components=9).fit(blobs[0])
     encoder.set_params(n_components=5)
     np.testing.assert_array_equal(encoder.transform(blobs[0]), before)
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), np.uint8)
+    encoder = SelfSupervisedEncoder("simclr", max_epochs=1, warm_start=True).fit(images)
+    with pytest.raises(ValueError, match="size were changed"):
+        encoder.set_params(method="dino").fit(images)
 
 
 def test_neighbours_follow_the_space(blobs):

@@ -131,6 +131,104 @@ def test_a_table_with_groups_is_the_same(data, fitted):
     assert shares.shape == order.shape
 
 
+@pytest.fixture(scope="module")
+def table(data):
+    """The bags as a table, the bag of each row, and the names of the bags in order."""
+    bags, _ = data
+    names = np.array([f"slide {i:02}" for i in range(20)])
+    return np.concatenate(bags), np.repeat(names, [len(bag) for bag in bags]), names
+
+
+@pytest.mark.parametrize("kind", ["object", "category", "int"])
+def test_labels_go_by_the_names_in_their_index(data, fitted, table, kind):
+    bags, y = data
+    X, groups, names = table
+    if kind == "int":
+        names, groups = np.arange(20), np.char.replace(groups, "slide ", "").astype(int)
+    slides = pd.DataFrame({"slide": names, "label": y}).sample(frac=1, random_state=0)
+    labels = slides.astype({"slide": kind}).set_index("slide")["label"]
+    assert (labels.to_numpy() != y).any()
+    model = tiny().fit(X, labels, groups=groups)
+    np.testing.assert_array_equal(model.predict_proba(bags), fitted.predict_proba(bags))
+    assert model.score(X, labels, groups=groups) == fitted.score(bags, y)
+    first = [np.flatnonzero(groups == name)[0] for name in names]  # bags of one row
+    assert model.score(X[first], labels, groups=names) == fitted.score([b[:1] for b in bags], y)
+
+
+def test_an_index_that_names_no_bags_is_no_matter(data, fitted, table):
+    bags, y = data
+    X, groups, _ = table
+    per_row = np.repeat(y, [len(bag) for bag in bags])
+    numbers = np.char.replace(groups, "slide ", "").astype(int) + 1
+    for labels in (
+        pd.Series(y),
+        pd.Series(y, index=np.arange(20) + 50),
+        pd.Series(per_row, index=np.arange(len(X))[::-1]),  # holds the numbers of bags, by chance
+    ):
+        model = tiny().fit(X, labels, groups=numbers)
+        np.testing.assert_array_equal(model.predict_proba(bags), fitted.predict_proba(bags))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"a": 0, "b": 1, "c": 1}, r"3 labels, but groups name 2 bags \(8 rows\); .* y only: c\."),
+        ({"a": 0, "c": 1}, "in the index of y only: c; in groups only: b"),
+        ({"a": 0}, "y has 1 labels, .* in groups only: b"),
+        (pd.Series([0, 1], index=["a", "a"]), "in groups only: b; repeated in the index of y: a"),
+        ([0, 1, 1], r"y has 3 labels, but groups name 2 bags \(8 rows\)\. Give"),
+        (["x"] * 4 + ["y"] * 3 + ["x"], "group 'b' have different labels"),
+        (["x"] * 8, "one class, 'x'"),
+        (["x"] * 7 + [np.nan], "y has missing labels .* in rows 7"),
+        (pd.Categorical(["x", None] * 4), "y has missing labels .* in rows 1, 3, 5, 7: drop"),
+    ],
+)
+def test_labels_that_do_not_go_with_groups(labels, message):
+    if isinstance(labels, dict):
+        labels = pd.Series(labels)
+    X = np.random.default_rng(0).normal(size=(8, 3))
+    with pytest.raises(ValueError, match=message):
+        tiny().fit(X, labels, groups=np.repeat(["a", "b"], 4))
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        list,
+        lambda names: np.array(names, dtype=object),
+        pd.Categorical,
+        lambda names: pd.Series(names, dtype="string"),
+    ],
+    ids=["list", "array", "categorical", "string"],
+)
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA])
+def test_missing_groups(container, missing):
+    X = np.random.default_rng(0).normal(size=(8, 3))
+    groups = container([missing, "a", "a", missing, *"bbbb"])
+    model = tiny().fit(X, [0, 1], groups=[*"aaaabbbb"])
+    message = r"groups has missing values \(NaN or None\) in rows 0, 3: name them"
+    with pytest.raises(ValueError, match=message):
+        tiny().fit(X, [0, 1], groups=groups)
+    with pytest.raises(ValueError, match=message):
+        model.predict(X, groups=groups)
+
+
+def test_a_table_without_groups_after_a_fit_with_them(data, table, tmp_path):
+    bags, y = data
+    X, groups, _ = table
+    model = tiny().fit(X, y, groups=groups)
+    model.save(tmp_path / "model")
+    for fitted in (model, pickle.loads(pickle.dumps(model)), load(tmp_path / "model")):
+        for call in (fitted.predict, fitted.predict_proba, fitted.attention):
+            with pytest.raises(ValueError, match="give groups="):
+                call(X)
+        with pytest.raises(ValueError, match="fitted with groups"):
+            fitted.score(X, np.zeros(len(X)))
+        assert fitted.predict(bags).shape == fitted.predict(X, groups=groups).shape == (20,)
+    per_row = np.repeat(y, [len(bag) for bag in bags])
+    assert model.fit(X, per_row).predict(X).shape == (len(X),)
+
+
 def test_a_bag_does_not_see_its_neighbours(data, fitted):
     bags, _ = data
     whole = fitted.predict_proba(bags)
@@ -172,13 +270,14 @@ def test_class_weights(data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda bags, y: (bags, y[:3], None), "inconsistent"),
+        (lambda bags, y: (bags, y[:3], None), "y has 3 labels, but X has 20 bags"),
         (lambda bags, y: ([*bags[:19], bags[0][:0]], y, None), "row 19"),
         (lambda bags, y: ([*bags[:19], bags[0][:, :4]], y, None), "row 19"),
         (lambda bags, y: (bags, y, np.arange(20)), "X is a list"),
         (lambda bags, y: (bags, np.zeros(20), None), "one class"),
         (lambda bags, y: (bags, y * 0.3, None), "label type"),
-        (lambda bags, y: (bags[0], [0, 1] * 10, np.zeros(len(bags[0]))), "inconsistent"),
+        (lambda bags, y: (bags[0], [0, 1] * 10, np.zeros(len(bags[0]))), "groups name 1 bags"),
+        (lambda bags, y: (bags[0], [0, 1], [0, 1]), "groups and X have inconsistent lengths"),
         (
             lambda bags, y: (np.concatenate(bags[:2])[:4], [0, 1, 1, 1], [0, 0, 1, 1]),
             "different labels",

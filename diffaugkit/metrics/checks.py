@@ -7,7 +7,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.utils import check_array, column_or_1d, gen_batches
 from sklearn.utils.multiclass import check_classification_targets
 
-from diffaugkit.arrays import to_numpy
+from diffaugkit.arrays import refuse_missing, to_numpy
 
 
 def check_matrix(X, name, min_samples=1):
@@ -40,13 +40,12 @@ def check_pair(generated, real, min_samples=1):
 
 def check_labels(y, n=None, name="y"):
     """Return (classes, codes) of discrete labels."""
+    refuse_missing(y, name)
     y = column_or_1d(np.asarray(y))
     if len(y) == 0:
         raise ValueError(f"{name} is empty.")
     if n is not None and len(y) != n:
         raise ValueError(f"{name} has {len(y)} labels for {n} samples.")
-    if y.dtype.kind in "fO" and any(v is None or v != v for v in y.tolist()):
-        raise ValueError(f"{name} has missing labels (NaN or None); drop those samples first.")
     check_classification_targets(y)
     return np.unique(y, return_inverse=True)
 
