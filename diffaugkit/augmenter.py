@@ -112,7 +112,8 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         Generated candidates per wanted sample, at most. Where they do not suffice, fewer samples
         are given, with a warning.
     image_shape : tuple of (int, int, int) or None, default=None
-        Height, width and channels of images given as rows of numbers; for ``diffusion="auto"``.
+        Height, width and channels of images given as rows of numbers; handed to a `diffusion` that
+        does not say.
     max_epochs : int or "auto", default="auto"
         Passes over the data of the diffusion model; for ``diffusion="auto"``.
     batch_size : int or "auto", default="auto"
@@ -361,6 +362,8 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         if isinstance(self.diffusion, FrozenEstimator):
             self.diffusion_ = self.diffusion
             generator = self._generator()
+            check_is_fitted(generator, "module_")
+            self._check_image_shape(generator.image_shape_)
             generator._check_rows(X)
             self.n_features_in_ = generator.n_features_in_
             vars(self).pop("feature_names_in_", None)
@@ -387,17 +390,29 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         self._sampling_seed = self._child_seed(seed, 1)
 
     def _make_diffusion(self, seed):
-        names = ("max_epochs", "batch_size", "learning_rate", "image_shape")
         if isinstance(self.diffusion, str):
+            names = ("max_epochs", "batch_size", "learning_rate")
             given = {name: getattr(self, name) for name in names}
             diffusion = EmbeddingConditionedDiffusion(**given)
         else:
-            diffusion = clone(self.diffusion)
+            diffusion = _check_generator(clone(self.diffusion))
+        if diffusion.image_shape is None:
+            diffusion.set_params(image_shape=self.image_shape)
+        self._check_image_shape(diffusion.image_shape)
         return self._hand_over(
-            _check_generator(diffusion),
+            diffusion,
             random_state=self._child_seed(seed, 0),
             checkpoint_dir=self._folder("diffusion"),
         )
+
+    def _check_image_shape(self, own):
+        """Refuse an `image_shape` that is not the generator's: it would not be used."""
+        if self.image_shape is not None and (own is None or tuple(own) != tuple(self.image_shape)):
+            raise ValueError(
+                f"image_shape={self.image_shape!r}, but the diffusion model has "
+                f"{'vectors' if own is None else f'image_shape={own!r}'}: leave image_shape at "
+                "None, or give the same."
+            )
 
     def _generator(self):
         return _check_generator(getattr(self.diffusion_, "estimator", self.diffusion_))

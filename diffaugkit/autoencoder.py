@@ -18,6 +18,7 @@ terms: D is frozen in the first line, and sees reconstructions without their gra
 
 import inspect
 import math
+import warnings
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -378,13 +379,21 @@ class LatentAutoencoder(TorchTransformer):
         """Encode images (B, C, H, W) in [-1, 1] to scaled latents (B, c, h, w), on the device.
 
         Sides are padded to multiples of the downsampling. KL latents are the mean of their
-        distribution, VQ latents those before they are rounded.
+        distribution, VQ latents those before they are rounded. Takes a tensor or an array of
+        floats; images of any other kind are for :meth:`latents`.
         """
+        check_is_fitted(self, "module_")
+        images = _as_floats("images", images, {1, self._config["in_channels"]})
         shift, scale = self._shift_and_scale()
         return self._in_batches(lambda x: (self._raw_latents(x) - shift) * scale, images)
 
     def decode(self, latents):
-        """Decode scaled latents (B, c, h, w) to images near [-1, 1], padded sides and all."""
+        """Decode scaled latents (B, c, h, w) to images near [-1, 1], padded sides and all.
+
+        Takes a tensor or an array; :meth:`inverse_transform` gives images as `X` had them.
+        """
+        check_is_fitted(self, "module_")
+        latents = _as_floats("latents", latents, {self.latent_shape_[0]})
         shift, scale = self._shift_and_scale()
         channels = self.image_shape_[2]
 
@@ -660,6 +669,21 @@ def _pad(images, factor):
     return F.pad(images, missing, mode="replicate") if any(missing) else images
 
 
+def _as_floats(name, values, channels):
+    """Tensor (B, C, H, W), float32, of a tensor or array of floats with so many channels."""
+    if not isinstance(values, torch.Tensor | np.ndarray):
+        raise TypeError(f"{name} must be a tensor or an array, got {type(values).__name__}.")
+    if values.ndim != 4 or values.shape[1] not in channels:
+        c = " or ".join(map(str, sorted(channels)))
+        raise ValueError(f"{name} have shape {tuple(values.shape)}, expected (B, {c}, H, W).")
+    if "float" not in str(values.dtype):
+        raise ValueError(
+            f"{name} are {values.dtype}, but must be floats: images in [-1, 1], or latents. For "
+            "images as X has them there are latents(X) and reconstruct(X)."
+        )
+    return torch.as_tensor(values, dtype=torch.float32)
+
+
 def _fit_channels(images, n_channels):
     """Repeat the channel of grey images for a network that takes colour."""
     return images if images.shape[1] == n_channels else images.expand(-1, n_channels, -1, -1)
@@ -677,6 +701,21 @@ def _autoencoder_class(kind):
 
 def _load_pretrained(kind, source, *, download):
     """Autoencoder from a folder or the hub, float32; a pipeline's folder is searched for it."""
+    try:
+        with warnings.catch_warnings():
+            # Of diffusers' own call of the hub; nothing a user could change.
+            warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")
+            return _read_pretrained(kind, source, download=download)
+    except OSError as error:
+        if download or Path(source).is_dir():
+            raise
+        raise OSError(
+            f"pretrained={str(source)!r} is not on this machine: if it is a name on the Hugging "
+            "Face hub allow its download with download=True, or give a local folder."
+        ) from error
+
+
+def _read_pretrained(kind, source, *, download):
     cls = _autoencoder_class(kind)
     options = {"use_safetensors": True, "local_files_only": not download}
     folder = Path(source)

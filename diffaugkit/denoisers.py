@@ -13,6 +13,8 @@ Every denoiser keeps one contract, so that nobody else needs to know which one i
 """
 
 import contextlib
+import copy
+import inspect
 import math
 
 import torch
@@ -25,6 +27,8 @@ __all__ = [
     "DiffAugDenoiser",
     "MLPDenoiser",
     "UNetDenoiser",
+    "check_denoiser",
+    "check_signature",
     "record_attention",
     "sinusoidal_embedding",
     "unet_size",
@@ -59,6 +63,89 @@ def sinusoidal_embedding(t, n_dims, max_period=10_000.0):
     frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float64) / half)
     angle = t.to(torch.float64)[:, None] * frequency.to(t.device)
     return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, n_dims % 2)).float()
+
+
+_SEE = "diffaugkit.denoisers describes the contract."
+
+
+def check_signature(denoiser, conditional=True):
+    """Refuse a module whose ``forward`` cannot be called as the contract says.
+
+    Parameters
+    ----------
+    denoiser : nn.Module
+        A user's own network.
+    conditional : bool, default=True
+        Whether there is a condition; without one it is called with `x_t` and `t` alone.
+
+    Raises
+    ------
+    ValueError
+        If an argument is missing, or one more is needed.
+
+    Examples
+    --------
+    >>> check_signature(MLPDenoiser(n_features=5, width=32))
+    """
+    signature = inspect.signature(denoiser.forward)
+    try:
+        for n_given in (2, 4) if conditional else (2,):
+            signature.bind(*[None] * n_given)
+    except TypeError as error:
+        raise ValueError(
+            f"denoiser={type(denoiser).__name__} has forward{signature}, but is called as "
+            "forward(x_t, t), forward(x_t, t, cond) and forward(x_t, t, cond, drop): define "
+            f"forward(self, x_t, t, cond=None, drop=None). {_SEE}"
+        ) from error
+
+
+def check_denoiser(denoiser, x_t, n_timesteps, cond=None):
+    """Call a copy of a module once, and refuse it if what comes back is not shaped like `x_t`.
+
+    Broadcasting would let it train on nonsense. Torch's default generators move if the network
+    draws from them.
+
+    Parameters
+    ----------
+    denoiser : nn.Module
+        A user's own network.
+    x_t : Tensor of shape (2, D) or (2, C, H, W)
+        Two rows.
+    n_timesteps : int
+        Number of noise levels.
+    cond : Tensor of shape (2, E) or (2, L, E), default=None
+        Conditions; None for the unconditional model.
+
+    Raises
+    ------
+    ValueError
+        For another shape, or if the call fails.
+
+    Examples
+    --------
+    >>> import torch
+    >>> check_denoiser(MLPDenoiser(n_features=5, width=32), torch.zeros(2, 5), n_timesteps=1000)
+    """
+    device = next((parameter.device for parameter in denoiser.parameters()), x_t.device)
+    t = torch.tensor([0, n_timesteps - 1], device=device)
+    args = (x_t.to(device), t) if cond is None else (x_t.to(device), t, cond.to(device), t > 0)
+    called = f"x_t of shape {tuple(x_t.shape)}"
+    called += "" if cond is None else f" and cond of shape {tuple(cond.shape)}"
+    trial = copy.deepcopy(denoiser).eval()
+    try:
+        with torch.no_grad():
+            found = trial(*args)
+    except Exception as error:
+        raise ValueError(
+            f"denoiser={type(denoiser).__name__} failed on {called}: {error} {_SEE}"
+        ) from error
+    shape = getattr(found, "shape", None)
+    if shape != x_t.shape:
+        found = type(found).__name__ if shape is None else f"shape {tuple(shape)}"
+        raise ValueError(
+            f"denoiser={type(denoiser).__name__} gave {found} for {called}: the prediction must "
+            f"be a tensor shaped like x_t. {_SEE}"
+        )
 
 
 class _ConditionalDenoiser(nn.Module):

@@ -17,10 +17,8 @@ Gen(delta, z)  ``sample(embeddings)``; of rows: ``augment(X)``
 
 import copy
 import math
-import os
 from contextlib import ExitStack
 from numbers import Integral, Real
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,7 +39,14 @@ from diffaugkit.base import (
 )
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
-from diffaugkit.denoisers import DENOISERS, UNetDenoiser, record_attention, unet_size
+from diffaugkit.denoisers import (
+    DENOISERS,
+    UNetDenoiser,
+    check_denoiser,
+    check_signature,
+    record_attention,
+    unet_size,
+)
 from diffaugkit.diffusion import (
     BETA_SCHEDULES,
     PREDICTION_TYPES,
@@ -74,8 +79,10 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
     encoder : "auto", estimator or None, default="auto"
         What gives the condition: an estimator with ``transform``. It is cloned and fitted, or used
         as it is inside ``sklearn.frozen.FrozenEstimator``. "auto" is
-        ``SelfSupervisedEncoder()``; None makes the unconditional model. Not used where ``fit``
-        gets `embeddings`.
+        ``SelfSupervisedEncoder()`` with the common parameters given here, and `max_epochs` unless
+        that is "auto" too; its `batch_size` and `learning_rate` are its own, as networks differ in
+        what they want. None makes the unconditional model. Not used where ``fit`` gets
+        `embeddings`.
     denoiser : {"auto", "mlp", "diffaug", "unet"} or nn.Module, default="auto"
         "auto" is ``"mlp"`` for vectors, a residual MLP with adaptive normalisation, and ``"unet"``
         for images, diffusers' U-Net conditioned on tokens. ``"diffaug"``: the paper's eight-block
@@ -132,14 +139,16 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         Layer of an AnnData to read instead of ``.X``.
     max_epochs : int or "auto", default="auto"
         330, the paper's M-step, or as many as make 1 000 batches (images: 2 000) if that is fewer,
-        but at least 10.
+        but at least 10. A number also holds for ``encoder="auto"``.
     batch_size : int or "auto", default="auto"
         Vectors 300, the paper's; images 64.
     learning_rate : float or "auto", default="auto"
         Peak rate of AdamW with warm-up and cosine. Vectors 2e-3, images 1e-3; networks much larger
         than the default want less (Gen-SIS: 1e-4).
     device, precision, compile, random_state, verbose, checkpoint_dir, callbacks
-        Common parameters; see :class:`~diffaugkit.base.TorchEstimator`.
+        Common parameters; see :class:`~diffaugkit.base.TorchEstimator`. Encoder and autoencoder
+        are resumed too: they keep their checkpoints in folders below `checkpoint_dir`, unless they
+        have one of their own.
 
     Attributes
     ----------
@@ -328,10 +337,11 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         )
         seed = self._seed()
         encoder = None
+        self._check_parts(rows.is_image, embeddings is not None or self.encoder is not None)
         if embeddings is None and self.encoder is not None:
             encoder = self._make_encoder(seed)
             given = _as_given(encoder, rows)
-            embeddings = encoder.fit(given, y).transform(given)
+            embeddings = self._fit_part(encoder, "encoder", given, y).transform(given)
         state = self._prepare(rows, embeddings, seed=seed)
         module, history = self._fit_loop(
             state.module,
@@ -374,9 +384,10 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         n_or_embeddings : int or array-like of shape (n, n_embedding_features), default=1
             How many to draw, each under the embedding of a random training sample; or the
             embeddings, or tokens, to draw under, one sample each.
-        random_state : int or None, default=None
+        random_state : int, RandomState, Generator or None, default=None
             Seed of the noise. Noise belongs to the row: the sample of row i is the same whatever
-            the number of rows. None takes the seed of the fit, so that calls repeat.
+            the number of rows. None takes the seed of the fit, so that calls repeat; a generator of
+            NumPy gives, and moves to, its next number.
 
         Returns
         -------
@@ -384,7 +395,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             In the space of `X`.
         """
         check_is_fitted(self, "module_")
-        seed = self._sampling_seed if random_state is None else int(random_state)
+        seed = call_seed(random_state, self._sampling_seed)
         embeddings = self._conditions(n_or_embeddings, seed)
         n = int(n_or_embeddings) if embeddings is None else len(embeddings)
         latents = self._sample_latents(embeddings, n, seed)
@@ -403,7 +414,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         strength : float in (0, 1], default=1.0
             Noise level at which generation starts from the source: 1 starts from noise alone,
             lower values stay closer to the source (partial noising).
-        random_state : int or None, default=None
+        random_state : int, RandomState, Generator or None, default=None
             As for :meth:`sample`.
 
         Returns
@@ -428,7 +439,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             Share of `X_a`, in [0, 1].
         kind : {"slerp", "lerp"}, default="slerp"
             Spherical or straight path, per row.
-        random_state : int or None, default=None
+        random_state : int, RandomState, Generator or None, default=None
             As for :meth:`sample`.
 
         Returns
@@ -450,8 +461,8 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             Real samples, sources of the generated ones.
         labels : array-like of shape (n_samples,) or None, default=None
             Labels, for their consistency.
-        random_state : int, default=0
-            Seed of noise and folds.
+        random_state : int, RandomState, Generator or None, default=0
+            Seed of noise and folds; None is that of the fit.
 
         Returns
         -------
@@ -544,8 +555,10 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
 
     def _make_encoder(self, seed):
         if self.encoder == "auto":
-            names = ("device", "precision", "verbose", "layer", "image_shape")
-            encoder = SelfSupervisedEncoder(**{name: getattr(self, name) for name in names})
+            encoder = SelfSupervisedEncoder(layer=self.layer, image_shape=self.image_shape)
+            if self.max_epochs != "auto":
+                encoder.set_params(max_epochs=self.max_epochs)
+            self._hand_over(encoder)
         else:
             encoder = clone(self.encoder)
         frozen = isinstance(encoder, FrozenEstimator)
@@ -554,6 +567,45 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             encoder.set_params(random_state=self._child_seed(seed, 0))
         return encoder
 
+    def _fit_part(self, part, name, *given):
+        """Fit a part, resumable in a folder of this name unless it has one of its own."""
+        if not isinstance(part, TorchEstimator):
+            return part.fit(*given)
+        own = part.checkpoint_dir
+        if own is None:
+            part.set_params(checkpoint_dir=self._folder(name))
+        return part.fit(*given).set_params(checkpoint_dir=own)
+
+    def _check_parts(self, is_image, conditional):
+        """Refuse parts that do not fit the data, before any of them is trained."""
+        if isinstance(self.denoiser, nn.Module):
+            check_signature(self.denoiser, conditional)
+        else:
+            self._denoiser_name(is_image)
+        if self.autoencoder is None:
+            return
+        if not is_image:
+            raise ValueError("autoencoder is for images; vectors are compressed by n_pcs.")
+        if self.random_flip:
+            raise ValueError(
+                "random_flip=True flips pixels, but latents are encoded once, before training: "
+                "take autoencoder=None, or give X the flipped images as further rows."
+            )
+        if isinstance(self.autoencoder, FrozenEstimator):
+            check_is_fitted(self.autoencoder.estimator)
+
+    def _denoiser_name(self, is_image):
+        name = self.denoiser
+        if name == "auto":
+            return "unet" if is_image else "mlp"
+        if is_image != (name == "unet"):
+            accepted = "'auto', 'unet'" if is_image else "'auto', 'mlp', 'diffaug'"
+            raise ValueError(
+                f"denoiser={name!r} does not take {'images' if is_image else 'vectors'}: use "
+                f"{accepted} or a module."
+            )
+        return name
+
     # ---- pieces that DiffAugEM shares ------------------------------------------------------------
 
     def _augment(self, rows, embeddings, n_per_sample, strength, random_state):
@@ -561,7 +613,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             raise ValueError(f"n_per_sample={n_per_sample!r} must be an integer of at least 1.")
         if not 0 < strength <= 1:
             raise ValueError(f"strength={strength!r} must be in (0, 1].")
-        seed = self._sampling_seed if random_state is None else int(random_state)
+        seed = call_seed(random_state, self._sampling_seed)
         space = self._space_of()
         views = [
             space.decode(
@@ -585,19 +637,20 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
                 yield self._image_rows(space.output(space.decode(latents)))
 
     def _report(self, rows, embeddings, labels, random_state):
-        latents = self._sample_latents(embeddings, len(rows), random_state, rows)
+        seed = call_seed(random_state, self._sampling_seed)
+        latents = self._sample_latents(embeddings, len(rows), seed, rows)
         if self.image_shape_ is not None:
-            return self._image_report(rows, latents, labels, random_state)
+            return self._image_report(rows, latents, labels, seed)
         latents, spread = latents.numpy(), self._space["std"]
         return quality_report(
             latents * spread,
             np.arange(len(rows)),
             np.asarray(self._latents(rows)) * spread,
             labels=labels,
-            random_state=random_state,
+            random_state=seed,
         )
 
-    def _image_report(self, rows, latents, labels, random_state):
+    def _image_report(self, rows, latents, labels, seed):
         space = self._space_of()
         generated = self._image_rows(space.output(space.decode(latents)))
         if self.encoder_ is not None:
@@ -610,10 +663,11 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             np.arange(len(rows)),
             features[1],
             labels=labels,
-            random_state=random_state,
+            random_state=seed,
         )
 
     def _prepare(self, rows, embeddings, *, seed):
+        self._check_parts(rows.is_image, embeddings is not None)
         return _Fit(self, rows, embeddings, seed)
 
     def _set_fitted(self, state, module, history):
@@ -636,15 +690,8 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
     def _make_module(self, shape, n_condition):
         if isinstance(self.denoiser, nn.Module):
             return copy.deepcopy(self.denoiser)
-        is_image = len(shape) == 3
-        name = ("unet" if is_image else "mlp") if self.denoiser == "auto" else self.denoiser
-        if is_image != (name == "unet"):
-            accepted = "'auto', 'unet'" if is_image else "'auto', 'mlp', 'diffaug'"
-            raise ValueError(
-                f"denoiser={name!r} does not take {'images' if is_image else 'vectors'}: use "
-                f"{accepted} or a module."
-            )
-        if is_image:
+        name = self._denoiser_name(len(shape) == 3)
+        if name == "unet":
             size = unet_size(shape)
             size |= {key: getattr(self, key) for key in size if getattr(self, key) != "auto"}
             normalize = n_condition >= _FEWEST_DIRECTIONS
@@ -757,7 +804,6 @@ class _Fit:
     def __init__(self, estimator, rows, embeddings, seed):
         self.estimator, self.seed = estimator, seed
         self.is_image = rows.is_image
-        self.space, self.autoencoder, self.image = self._make_space(rows)
         self.condition = self.pool = None
         n_condition = 0
         if embeddings is not None:
@@ -778,9 +824,14 @@ class _Fit:
             self.pool = embeddings[self.picked]
             embeddings = standardise(embeddings, self.condition)
             n_condition = embeddings.shape[-1]
+        self.space, self.autoencoder, self.image = self._make_space(rows)
         device = estimator._device()
         with isolated_rng(estimator._child_seed(seed, 1)):
             self.module = estimator._make_module(self.space.shape, n_condition)
+            if isinstance(estimator.denoiser, nn.Module):
+                cond = None if embeddings is None else torch.from_numpy(embeddings[:2])
+                two = torch.zeros(2, *self.space.shape)
+                check_denoiser(self.module, two, estimator.n_timesteps, cond)
         if device.type == "cuda":
             _channels_last(self.module)
         self.diffusion = estimator._diffusion()
@@ -796,27 +847,16 @@ class _Fit:
         """Space, fitted autoencoder or None, and what is kept of the images."""
         estimator = self.estimator
         if not self.is_image:
-            if estimator.autoencoder is not None:
-                raise ValueError("autoencoder is for images; vectors are compressed by n_pcs.")
             return ComponentSpace.fit(rows, estimator.n_pcs), None, (None, None, None)
         space = PixelSpace(rows.shape[1:], rows.pixel_range, rows.layout)
         image = rows.image_shape, rows.pixel_range, rows.layout
         if estimator.autoencoder is None:
             return space, None, image
-        if estimator.random_flip:
-            raise ValueError(
-                "random_flip=True flips pixels, but latents are encoded once, before training: "
-                "take autoencoder=None, or give X the flipped images as further rows."
-            )
         autoencoder = clone(estimator.autoencoder)
         if not isinstance(autoencoder, FrozenEstimator):
             if autoencoder.random_state is None:
                 autoencoder.set_params(random_state=estimator._child_seed(self.seed, 3))
-            own = autoencoder.checkpoint_dir
-            if own is None and estimator.checkpoint_dir is not None:
-                folder = Path(os.fspath(estimator.checkpoint_dir)) / "autoencoder"
-                autoencoder.set_params(checkpoint_dir=str(folder))
-            autoencoder.fit(rows).set_params(checkpoint_dir=own)
+            estimator._fit_part(autoencoder, "autoencoder", rows)
         return LatentSpace(space, autoencoder), autoencoder, image
 
     def loss(self, x0, cond):
@@ -833,6 +873,44 @@ class _Fit:
             drop_condition=estimator.condition_dropout if cond is not None else 0.0,
             condition_noise=estimator.condition_noise if cond is not None else 0.0,
         )
+
+
+def call_seed(random_state, default):
+    """Seed of one call that draws, in 0 to 2**32 - 1.
+
+    Parameters
+    ----------
+    random_state : int, RandomState, Generator or None
+        What the caller gave; a generator of NumPy moves on.
+    default : int
+        For None.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ValueError
+        For anything else.
+
+    Examples
+    --------
+    >>> call_seed(3, default=0), call_seed(None, default=0)
+    (3, 0)
+    """
+    if random_state is None:
+        return default
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(np.iinfo(np.int32).max))
+    if isinstance(random_state, np.random.Generator):
+        return int(random_state.integers(2**32))
+    if isinstance(random_state, Integral) and 0 <= random_state < 2**32:
+        return int(random_state)
+    raise ValueError(
+        f"random_state={random_state!r} must be None, an integer from 0 to 2**32 - 1, or a "
+        "RandomState or Generator of NumPy."
+    )
 
 
 def _check_embeddings(embeddings):

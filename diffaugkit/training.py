@@ -545,8 +545,8 @@ def _not_finite(what, value, epoch, batch=None):
     where = f"epoch {epoch}" + ("" if batch is None else f", batch {batch}")
     return NonFiniteLossError(
         f"{what} became {value} in {where} (counted from 0); the weights of the end of the epoch "
-        "before are back. Lower learning_rate, set grad_clip, use precision='fp32', or look for "
-        "extreme values in the data.",
+        "before are back. Lower learning_rate, use precision='fp32', or look for extreme values in "
+        "X, whose features should have a spread near 1.",
         epoch,
         batch,
     )

@@ -360,7 +360,7 @@ class ZeroShotSegmenter(TorchEstimator):
     def _make_diffusion(self, rows):
         diffusion = self.diffusion
         if isinstance(diffusion, FrozenEstimator):
-            check_is_fitted(diffusion)
+            check_is_fitted(diffusion.estimator)  # the message names what has to be fitted
             self._check_model(diffusion)
             return diffusion
         if diffusion == "auto":

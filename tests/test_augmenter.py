@@ -517,6 +517,12 @@ def test_a_killed_fit_goes_on(data, tmp_path):
     np.testing.assert_array_equal(model.fit_resample(*data)[0], expected)
 
 
+def test_epochs_reach_the_automatic_parts(data):
+    model = tiny(max_epochs=2)
+    model.set_params(diffusion="auto").fit(data[0])
+    assert model.diffusion_.n_iter_ == model.diffusion_.encoder_.n_iter_ == 2
+
+
 def test_save_and_load(data, tmp_path):
     model = tiny(sampling_strategy={"c": 12})
     expected = model.fit_resample(*data)[0]
@@ -561,6 +567,67 @@ def test_what_is_refused(data, frozen):
         tiny().resample(X, y)
     with pytest.raises(ValueError, match="inconsistent"):
         tiny(frozen).fit_resample(X, y, groups=[1, 2])
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        list,
+        tuple,
+        lambda values: np.array(values, dtype=object),
+        pd.Categorical,
+        lambda values: pd.Series(values, dtype="string"),
+        lambda values: pd.DataFrame({"label": values}),
+    ],
+    ids=["list", "tuple", "array", "categorical", "string", "frame"],
+)
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA])
+def test_missing_labels_and_groups_are_named(data, frozen, container, missing):
+    X, y = data
+    labels = container([missing if row in (4, 41) else label for row, label in enumerate(y)])
+    message = r"y has missing labels \(NaN or None\) in rows 4, 41: drop those samples"
+    with pytest.raises(ValueError, match=message):
+        tiny(frozen).fit_resample(X, labels)
+    groups = container([missing, "a", "b", missing])
+    with pytest.raises(ValueError, match=r"groups has missing values .* in rows 0, 3: name them"):
+        SharedLabelPairs(np.ones((4, 1), dtype=bool), groups)
+    groups = np.array([missing, *"ab" * 33, "a"], dtype=object)
+    with pytest.raises(ValueError, match=r"groups has missing values .* in rows 0: name them"):
+        tiny(frozen, strategy="interpolation").fit_resample(X, y, groups=groups)
+
+
+def test_missing_indicators_are_named():
+    with pytest.raises(ValueError, match=r"y has missing labels .* in rows 1:"):
+        read_targets([[1, 0], [np.nan, 1], [1, 1]])
+    with pytest.raises(ValueError, match="infinity"):
+        read_targets([1.0, np.inf])
+
+
+def test_unfitted_parts_are_named(data):
+    with pytest.raises(NotFittedError, match="This EmbeddingConditionedDiffusion instance"):
+        tiny(FrozenEstimator(tiny_diffusion())).fit_resample(*data)
+
+
+def test_image_shape_reaches_the_diffusion():
+    X = (load_digits().images[:20] * 15).astype(np.uint8)
+    flat, shape = X.reshape(20, 64), (8, 8, 1)
+    diffusion = tiny_diffusion(None, **IMAGE)
+    model = tiny(diffusion, image_shape=shape, strength=0.5).fit(flat)
+    assert model.diffusion_.image_shape_ == shape
+    assert diffusion.image_shape is None
+    assert model.resample(flat, np.arange(20) % 2)[0].shape == (40, 64)
+    tiny(diffusion.set_params(image_shape=list(shape)), image_shape=shape).fit(flat)
+    with pytest.raises(
+        ValueError, match=r"image_shape=\(4, 16, 1\), but .*image_shape=\[8, 8, 1\]"
+    ):
+        tiny(diffusion, image_shape=(4, 16, 1)).fit(flat)
+    frozen = FrozenEstimator(model.diffusion_)
+    assert tiny(frozen, image_shape=shape).fit(flat).diffusion_ is frozen
+    with pytest.raises(ValueError, match="image_shape"):
+        tiny(frozen, image_shape=(4, 16, 1)).fit(flat)
+    vectors = FrozenEstimator(tiny_diffusion(None).fit(flat / 255))
+    with pytest.raises(ValueError, match="the diffusion model has vectors"):
+        tiny(vectors, image_shape=shape).fit(flat / 255)
 
 
 class Generator(BaseEstimator):

@@ -266,10 +266,44 @@ def test_pretrained_folder_of_diffusers(colour, tmp_path, kind, subfolder):
         LatentAutoencoder("vq" if kind == "kl" else "kl", pretrained=str(tmp_path)).fit(colour)
 
 
+@pytest.mark.filterwarnings("error")
 def test_nothing_is_downloaded(colour, tmp_path):
     for name in (str(tmp_path / "missing"), "nobody/nothing-of-this-name"):
-        with pytest.raises(OSError, match=r"nothing-of-this-name|missing"):
+        with pytest.raises(OSError, match=f"{name}.*download=True"):
             LatentAutoencoder(pretrained=name).fit(colour)
+    with pytest.raises(OSError, match=r"no file named config\.json"):
+        LatentAutoencoder(pretrained=tmp_path).fit(colour)
+
+
+# ---- tensors and arrays --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_encode_and_decode_take_arrays(colour, fitted, dtype):
+    unit = to_unit(torch.from_numpy(colour[:3]).movedim(3, 1).contiguous(), (0, 255))
+    latents = fitted.encode(unit)
+    np.testing.assert_allclose(fitted.latents(colour[:3]), latents, atol=1e-5)
+    assert torch.equal(fitted.encode(unit.numpy().astype(dtype)), latents)
+    images = fitted.decode(latents)
+    assert images.shape == (3, 3, 10, 10)
+    assert torch.equal(fitted.decode(latents.numpy().astype(dtype)), images)
+
+
+def test_encode_and_decode_refuse(colour, fitted):
+    for call, name in ((fitted.encode, "images"), (fitted.decode, "latents")):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor or an array, got list"):
+            call([[1.0]])
+        with pytest.raises(
+            ValueError, match=rf"{name} have shape \(2, 5, 5\), expected \(B, .*3, H"
+        ):
+            call(np.zeros((2, 5, 5), np.float32))
+        with pytest.raises(ValueError, match=rf"{name} are uint8, but must be floats"):
+            call(np.zeros((2, 3, 5, 5), np.uint8))
+    with pytest.raises(ValueError, match="expected"):
+        fitted.encode(colour / 255)  # channels last
+    for call in (tiny().encode, tiny().decode):
+        with pytest.raises(NotFittedError):
+            call(torch.zeros(2, 3, 8, 8))
 
 
 # ---- estimator -----------------------------------------------------------------------------------

@@ -7,12 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
 from diffaugkit.denoisers import (
     DENOISERS,
     MLPDenoiser,
     UNetDenoiser,
+    check_denoiser,
+    check_signature,
     record_attention,
     unet_size,
 )
@@ -229,3 +232,72 @@ def test_recording_survives_autocast_and_stops():
         vectors = MLPDenoiser(4, width=32)
     with pytest.raises(TypeError, match="MLPDenoiser has no attention"):
         record_attention(vectors).__enter__()
+
+
+# ---- networks of one's own -----------------------------------------------------------------------
+
+
+def own(forward, layer=None):
+    """Make a module of this ``forward(self, ...)``."""
+    with isolated_rng(0):
+        module = type("Own", (nn.Module,), {"forward": forward})()
+        module.layer = nn.Linear(4, 4) if layer is None else layer
+    return module
+
+
+ACCEPTED = {
+    "contract": lambda self, x_t, t, cond=None, drop=None: x_t,
+    "other names, one more": lambda self, x, level, z=None, mask=None, scale=1: x,
+    "any": lambda self, *args, **kwargs: args[0],
+}
+REFUSED = {
+    "no drop": lambda self, x_t, t, cond=None: x_t,
+    "needs cond": lambda self, x_t, t, cond, drop: x_t,
+    "needs more": lambda self, x_t, t, cond=None, drop=None, *, labels: x_t,
+    "by name": lambda self, x_t, t, *, cond=None, drop=None: x_t,
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_signatures_that_keep_the_contract(name):
+    check_signature(own(ACCEPTED[name]))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_signatures_that_break_the_contract(name):
+    with pytest.raises(ValueError, match=r"denoiser=Own has forward\(.*diffaugkit\.denoisers"):
+        check_signature(own(REFUSED[name]))
+
+
+def test_without_condition_two_arguments_are_enough():
+    check_signature(own(lambda self, x_t, t: x_t), conditional=False)
+
+
+def test_the_call_that_checks_a_network_leaves_no_trace():
+    def forward(self, x_t, t, cond=None, drop=None):
+        assert not self.training
+        self.calls = getattr(self, "calls", 0) + 1
+        return self.layer(x_t)
+
+    module = own(forward, nn.BatchNorm1d(4)).train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    check_denoiser(module, torch.ones(2, 4), 10, torch.zeros(2, 3))
+    assert module.training
+    assert not hasattr(module, "calls")
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("forward", "match"),
+    [
+        (
+            lambda self, x_t, *_: x_t[:, :1],
+            r"gave shape \(2, 1\) for x_t of shape \(2, 4\) and cond",
+        ),
+        (lambda self, x_t, *_: (x_t,), "gave tuple for"),
+        (lambda self, x_t, *_: self.layer(x_t[:, :3]), "failed on x_t of shape .*cannot be multi"),
+    ],
+)
+def test_predictions_of_another_shape_are_refused(forward, match):
+    with pytest.raises(ValueError, match=match):
+        check_denoiser(own(forward), torch.zeros(2, 4), 10, torch.zeros(2, 3))

@@ -11,13 +11,15 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.frozen import FrozenEstimator
 from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
 
-from diffaugkit import EmbeddingConditionedDiffusion, SelfSupervisedEncoder
+from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder, SelfSupervisedEncoder
 from diffaugkit import embedding_diffusion as diffusion_file
 from diffaugkit.diffusion import BETA_SCHEDULES, PREDICTION_TYPES, SAMPLERS, WEIGHTINGS
 from diffaugkit.embedding_diffusion import interpolate_rows
 from diffaugkit.metrics import frechet_distance, spread_ratio
 from diffaugkit.rows import DenseRows
+from diffaugkit.runtime import isolated_rng
 
 ENCODER = {"hidden_sizes": (16,), "n_components": 4, "n_pcs": 6, "max_epochs": 2}
 TINY = {"width": 16, "n_blocks": 1, "n_pcs": 6, "n_sampling_steps": 3, "max_epochs": 2}
@@ -203,6 +205,94 @@ def test_kinds_of_encoder(blobs):
     assert given.random_state == 3
 
 
+def test_automatic_encoder_gets_what_the_model_is_given(blobs, tmp_path):
+    X, calls = blobs[0][::4], []
+    options = {"encoder": "auto", "max_epochs": 3, "checkpoint_dir": tmp_path}
+    model = tiny(**options, callbacks=lambda epoch, history: calls.append(epoch)).fit(X)
+    assert calls == [0, 1, 2, 0, 1, 2]
+    assert model.encoder_.n_iter_ == model.n_iter_ == 3
+    assert (tmp_path / "encoder").is_dir()
+    assert model.encoder_.checkpoint_dir is None
+    np.testing.assert_array_equal(model.sample(3), tiny(**options).fit(X).sample(3))
+    # What suits one network does not suit another.
+    default = SelfSupervisedEncoder().get_params()
+    made = tiny(encoder="auto", max_epochs="auto", batch_size=7, learning_rate=0.1)._make_encoder(0)
+    for name in ("max_epochs", "batch_size", "learning_rate"):
+        assert getattr(made, name) == default[name]
+
+
+@pytest.mark.parametrize("kind", ["auto", "given"])
+def test_a_resumed_fit_does_not_train_the_encoder_again(blobs, tmp_path, kind):
+    X, calls = blobs[0][::4], []
+
+    def kill(epoch, history):
+        calls.append(epoch)
+        if len(calls) == 3:  # after two epochs of the encoder and one of the denoiser
+            raise KeyboardInterrupt
+
+    def model(**more):
+        # A given encoder keeps its own callbacks.
+        encoder = "auto" if kind == "auto" else SelfSupervisedEncoder(**ENCODER, callbacks=kill)
+        return tiny(encoder=encoder, callbacks=kill, **more)
+
+    with pytest.raises(KeyboardInterrupt):
+        model(checkpoint_dir=tmp_path).fit(X)
+    resumed = model(checkpoint_dir=tmp_path).fit(X)
+    assert calls == [0, 1, 0, 0, 1]
+    np.testing.assert_array_equal(resumed.sample(3), model().fit(X).sample(3))
+    assert calls[5:] == [0, 1, 0, 1]
+
+
+class Denoiser(nn.Module):
+    """A network of one's own, for six components."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(6), nn.Linear(6, width)
+
+    def forward(self, x_t, t, cond=None, drop=None):
+        return self.layer(self.norm(x_t))
+
+
+class OfTwoArguments(Denoiser):
+    def forward(self, x_t, t):
+        return self.layer(x_t)
+
+
+def test_denoiser_of_ones_own(blobs, monkeypatch):
+    X, fits = blobs[0], []
+    monkeypatch.setattr(
+        PCA, "fit", lambda self, X, y=None, fit=PCA.fit: fits.append(1) or fit(self, X)
+    )
+    with isolated_rng(0):
+        good, narrow, short = Denoiser(), Denoiser(1), OfTwoArguments()
+    with pytest.raises(ValueError, match=r"OfTwoArguments has forward\(x_t, t\).*drop=None"):
+        tiny(encoder=PCA(3), denoiser=short).fit(X)
+    assert not fits
+    for encoder in (PCA(3), None):
+        with pytest.raises(
+            ValueError, match=r"Denoiser gave shape \(2, 1\) for x_t of shape \(2, 6\)"
+        ):
+            tiny(encoder=encoder, denoiser=narrow).fit(X)
+    assert tiny(encoder=None, denoiser=short).fit(X).sample(2).shape == (2, 20)
+    # The check takes no step: what is trained is what it would be without.
+    checked = tiny(encoder=PCA(3), denoiser=good).fit(X)
+    monkeypatch.setattr(diffusion_file, "check_denoiser", lambda *args: None)
+    unchecked = tiny(encoder=PCA(3), denoiser=good).fit(X).module_.state_dict()
+    for name, value in checked.module_.state_dict().items():
+        assert torch.equal(value, unchecked[name]), name
+
+
+@pytest.mark.parametrize("wrong", [{"denoiser": "unet"}, {"autoencoder": LatentAutoencoder()}])
+def test_parts_that_do_not_fit_are_refused_before_the_encoder_is_trained(blobs, wrong):
+    def trained(epoch, history):
+        pytest.fail("the encoder was trained")
+
+    encoder = SelfSupervisedEncoder(**ENCODER, callbacks=trained)
+    with pytest.raises(ValueError, match=r"does not take vectors|is for images"):
+        tiny(encoder=encoder, **wrong).fit(blobs[0])
+
+
 @pytest.mark.parametrize("wrap", [np.asarray, sp.csr_matrix, pd.DataFrame, ad.AnnData])
 def test_any_transformer_can_be_the_encoder(blobs, wrap):
     X = blobs[0]
@@ -289,6 +379,26 @@ def test_seed_of_sampling(blobs, model):
     for refused in (0, -3):
         with pytest.raises(ValueError, match="must be at least 1"):
             model.sample(refused)
+
+
+def test_generators_of_numpy_are_seeds(blobs, model):
+    X = blobs[0][:20]
+    calls = {
+        "sample": lambda seed: model.sample(4, random_state=seed),
+        "augment": lambda seed: model.augment(X, random_state=seed),
+        "interpolate": lambda seed: model.interpolate(X, X[::-1], random_state=seed),
+        "quality_report": lambda seed: model.quality_report(X, random_state=seed).to_frame(),
+    }
+    for name, call in calls.items():
+        for kind in (np.random.RandomState, np.random.default_rng):
+            generator = kind(0)
+            first = np.asarray(call(generator))
+            np.testing.assert_array_equal(first, np.asarray(call(kind(0))), err_msg=name)
+            assert not np.array_equal(first, np.asarray(call(generator))), name
+        np.testing.assert_array_equal(np.asarray(call(None)), np.asarray(call(None)), err_msg=name)
+        for refused in ("a", -1, 2**32, 1.5, [1]):
+            with pytest.raises(ValueError, match=r"random_state=.* must be None, an integer"):
+                call(refused)
 
 
 def test_augment_order_and_refusals(blobs, model):

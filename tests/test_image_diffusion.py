@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.base import BaseEstimator, clone
 from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
@@ -273,6 +274,11 @@ def test_denoiser_of_ones_own(images):
     assert tiny(denoiser=plain, encoder=None).fit(X).sample(2).shape == (2, 10, 9, 3)
 
 
+class _OneChannel(nn.Module):
+    def forward(self, x_t, t, cond=None, drop=None):
+        return x_t[:, :1]
+
+
 def test_refusals(images, fitted):
     X, embeddings = images
     for denoiser, given, match in (
@@ -283,6 +289,10 @@ def test_refusals(images, fitted):
             tiny(denoiser=denoiser).fit(given, embeddings=embeddings)
     with pytest.raises(ValueError, match="autoencoder is for images"):
         tiny(autoencoder=LatentAutoencoder()).fit(X.reshape(40, -1) / 255, embeddings=embeddings)
+    with pytest.raises(NotFittedError, match="This LatentAutoencoder instance"):
+        tiny(autoencoder=FrozenEstimator(LatentAutoencoder())).fit(X, embeddings=embeddings)
+    with pytest.raises(ValueError, match=r"gave shape \(2, 1, 10, 9\)"):
+        tiny(denoiser=_OneChannel()).fit(X, embeddings=embeddings)
     with pytest.raises(ValueError, match="random_flip=True flips pixels"):
         tiny(autoencoder=LatentAutoencoder(), random_flip=True).fit(X, embeddings=embeddings)
     with pytest.raises(ValueError, match="no encoder of its own"):
