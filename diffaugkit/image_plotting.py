@@ -349,6 +349,9 @@ class AttentionDisplay:
     ------
     ValueError
         If the attention does not fit the images, or is not finite.
+    TypeError
+        For the attention of a U-Net, that of
+        :class:`~diffaugkit.EmbeddingConditionedDiffusion`: a map for each position, not for heads.
 
     Examples
     --------
@@ -383,7 +386,8 @@ class AttentionDisplay:
         Parameters
         ----------
         estimator : fitted estimator
-            Anything with ``attention_maps(X)`` that returns (n_samples, n_heads, h, w).
+            Anything with ``attention_maps(X)`` that returns (n_samples, n_heads, h, w), as
+            :class:`~diffaugkit.SelfSupervisedEncoder` with a vision transformer.
         X : images
             Images, one row each: take some, not all.
         labels : array-like of shape (n_samples,), default=None
@@ -404,6 +408,8 @@ class AttentionDisplay:
         ------
         ValueError
             If the estimator has no attention maps.
+        TypeError
+            If they are those of a U-Net; see the class.
         """
         maps = _method(estimator, "attention_maps")(X)
         shape = _image_shape(estimator, image_shape)
@@ -432,6 +438,11 @@ class AttentionDisplay:
         from scipy.ndimage import zoom
 
         images = channel_last(self.images, self.image_shape)
+        if isinstance(self.attention, dict):
+            raise TypeError(
+                "attention is a dict of maps by resolution, those of a U-Net, which have no CLS "
+                "token: this display is for a SelfSupervisedEncoder with a vision transformer."
+            )
         attention = np.asarray(to_numpy(self.attention), dtype=np.float64)
         if attention.ndim != 4 or len(attention) != len(images) or not attention.size:
             raise ValueError(

@@ -139,8 +139,8 @@ def read_masks(masks, images):
     Raises
     ------
     ValueError
-        For masks of another number or size than the images, or values that are not whole numbers;
-        the message names the row.
+        For masks of another number or size than the images, values that are not whole numbers, or
+        JPEG files; the message names the row.
     """
     if hasattr(masks, "detach"):
         masks = masks.detach().cpu().numpy()
@@ -161,7 +161,12 @@ def _read_mask(mask, size, row):
         from PIL import Image
 
         with Image.open(Path(mask)) as picture:
-            mask = np.asarray(picture)
+            return _read_mask(picture, size, row)
+    if getattr(mask, "format", None) == "JPEG":
+        raise ValueError(
+            f"The mask in row {row}, {mask.filename}, is a JPEG, whose compression changes labels: "
+            "save masks as PNG or TIFF."
+        )
     if hasattr(mask, "detach"):
         mask = mask.detach().cpu().numpy()
     mask = np.asarray(mask)

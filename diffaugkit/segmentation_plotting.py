@@ -25,11 +25,11 @@ class SegmentationDisplay:
     Parameters
     ----------
     X : images, n of them
-        (n, h, w, c) or (n, h, w) arrays, (n, c, h, w) tensors, lists of PIL images, or
-        (n, h * w * c) with `image_shape`; uint8 or float.
-    y_pred : bool or int array-like of shape (n, h, w) or (n, h * w)
+        (n, h, w, c) or (n, h, w) arrays, (n, c, h, w) tensors, lists of arrays or PIL images, which
+        may differ in size, or (n, h * w * c) with `image_shape`; uint8 or float.
+    y_pred : bool or int array-like of shape (n, h, w) or (n, h * w), or list of (h, w)
         Predicted label of each pixel.
-    y_true : array-like of the same shape, or None, default=None
+    y_true : as `y_pred`, or None, default=None
         True labels; None leaves their column out.
     labels : array-like of shape (n,), default=None
         Names of the rows.
@@ -155,7 +155,7 @@ class SegmentationDisplay:
             Anything whose ``predict(X)`` gives a label per pixel.
         X : images
             One row each: take some, not all.
-        y : array-like of shape (n, h, w) or (n, h * w) or None, default=None
+        y : array-like of shape (n, h, w) or (n, h * w), list of (h, w), or None, default=None
             True labels.
         labels, background, image_shape, pixel_range
             As for the class. None takes the estimator's `image_shape_` for flattened images.
@@ -213,28 +213,36 @@ class SegmentationDisplay:
 
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {alpha!r}.")
-        images = channel_last(self.X, self.image_shape)
-        if not len(images):
+        images = _images(self.X, self.image_shape)
+        if not images:
             raise ValueError("there are no images to draw.")
-        tiles = _rgb(images, self.pixel_range or guess_range(images))
-        predicted = self._masks(self.y_pred, "y_pred", images.shape[:3])
+        pixels = np.concatenate([image.ravel() for image in images])
+        value_range = self.pixel_range or guess_range(pixels)
+        tiles = _stacked([_rgb(image[None], value_range)[0] for image in images])
+        sizes = [image.shape[:2] for image in images]
+        predicted = _masks(self.y_pred, "y_pred", sizes)
         palette = np.array([to_rgb(colour) for colour in colours])
         blocks, names = [tiles], ["image"]
         background = self.background
         if self.y_true is not None:
             known = 0 if background is None else background
-            true = self._masks(self.y_true, "y_true", images.shape[:3])
-            blocks.append(_painted(tiles, true, known, palette, alpha, outline))
+            true = _masks(self.y_true, "y_true", sizes)
+            blocks.append(_painted(tiles, _stacked(true), known, palette, alpha, outline))
             names.append("truth")
         if match:
             if self.y_true is None:
                 raise ValueError("match=True needs y_true, whose regions give the colours.")
             background = known
             pairs = zip(true, predicted, strict=True)
-            predicted = np.stack([_named(t, p, known) for t, p in pairs])
-        blocks.append(_painted(tiles, predicted, background, palette, alpha, outline))
+            predicted = [_named(t, p, known) for t, p in pairs]
+        blocks.append(_painted(tiles, _stacked(predicted), background, palette, alpha, outline))
         names.append("prediction")
         blocks[0] = _enlarged(tiles)
+        beyond = np.ones(tiles.shape[:3], bool)
+        for row, size in enumerate(sizes):
+            beyond[row][_middle(size, tiles.shape[1:3])] = False
+        for block in blocks:
+            block[_enlarged(beyond)] = 1.0  # white around images smaller than the largest
         self.figure_, self.ax_, self.image_ = _draw(
             ax, [block[:, None] for block in blocks], names, self.labels
         )
@@ -243,17 +251,51 @@ class SegmentationDisplay:
             self.figure_.set_size_inches(1.8 * self.figure_.get_size_inches())
         return self
 
-    def _masks(self, masks, name, shape):
-        masks = np.asarray(to_numpy(masks))
-        if masks.shape == (shape[0], shape[1] * shape[2]):
-            masks = masks.reshape(shape)
-        if masks.shape != shape:
+
+def _images(X, image_shape):
+    """Read images as a list of (h, w, c); those that come as a list may differ in size."""
+    if not isinstance(X, list | tuple):
+        return list(channel_last(X, image_shape))
+    return [channel_last([image], image_shape)[0] for image in X]
+
+
+def _masks(masks, name, sizes):
+    """Read masks as a list of (h, w), int64, one for each of `sizes`."""
+    masks = masks if isinstance(masks, list | tuple) else np.atleast_1d(to_numpy(masks))
+    if len(masks) != len(sizes):
+        raise ValueError(f"{name} must hold {len(sizes)} masks, one per image, got {len(masks)}.")
+    found = []
+    for row, (mask, size) in enumerate(zip(masks, sizes, strict=True)):
+        mask = np.asarray(to_numpy(mask))
+        if mask.shape == (size[0] * size[1],):
+            mask = mask.reshape(size)
+        if mask.shape != size:
             raise ValueError(
-                f"{name} must be of shape {shape}, a label for each pixel of X, got {masks.shape}."
+                f"{name} must hold a label for each pixel of X: its mask {row} has shape "
+                f"{mask.shape}, but the image {size}."
             )
-        if masks.dtype.kind not in "biu":
-            raise ValueError(f"{name} must hold bool or int labels, got {masks.dtype}.")
-        return masks.astype(np.int64)
+        if mask.dtype.kind not in "biu":
+            raise ValueError(f"{name} must hold bool or int labels, got {mask.dtype}.")
+        found.append(mask.astype(np.int64))
+    return found
+
+
+def _middle(size, whole):
+    """Place of an image of `size` (h, w) in the middle of a larger one."""
+    starts = [(n - m) // 2 for m, n in zip(size, whole, strict=True)]
+    return tuple(slice(start, start + m) for start, m in zip(starts, size, strict=True))
+
+
+def _stacked(arrays):
+    """Stack arrays (h, w, ...), smaller ones in the middle, their borders repeated."""
+    whole = np.max([array.shape[:2] for array in arrays], axis=0)
+    out = []
+    for array in arrays:
+        # No new label beside a region: an outline is drawn where labels change.
+        for axis, place in enumerate(_middle(array.shape[:2], whole)):
+            array = array.take(np.arange(whole[axis]) - place.start, axis, mode="clip")
+        out.append(array)
+    return np.stack(out)
 
 
 def _factor(shape):

@@ -298,6 +298,14 @@ def test_scores_of_nothing():
         ([[["a", "b", "c", "d"]]], "no numbers"),
         ([{"box": []}], "dict with 'boxes', got the keys"),
         ([{"boxes": [[0, 0, 1, 1]], "labels": [1, 2]}], "are 1, but have 2 labels"),
+        (
+            [[], {"boxes": [[0, 0, 1, 1]], "labels": ["a"]}, [[0, 0, 1, 1]]],
+            "boxes of image 2 have no labels, but those of others have",
+        ),
+        (
+            [{"boxes": [[0, 0, 1, 1]], "labels": None}, {"boxes": [[0, 0, 1, 1]], "labels": [2]}],
+            "boxes of image 0 have no labels",
+        ),
         ({"boxes": []}, "must be a list"),
         (3, "must be a list"),
     ],
@@ -305,6 +313,17 @@ def test_scores_of_nothing():
 def test_bad_boxes(boxes, message):
     with pytest.raises(ValueError, match=message):
         check_boxes(boxes)
+
+
+def test_labels_that_are_none_were_not_given():
+    box = {"boxes": [[0, 0, 1, 1]], "scores": [0.5]}
+    found = check_boxes([{**box, "labels": None}, [[0, 0, 1, 1]]])
+    assert [image["labels"].tolist() for image in found] == [[1], [1]]
+    # Images without boxes have no labels in any case.
+    named = check_boxes([{**box, "labels": ["a"]}, [], {"boxes": [], "labels": None}])
+    assert [image["labels"].tolist() for image in named] == [["a"], [], []]
+    with pytest.raises(ValueError, match=r"'scores', got the keys \['boxes'\]"):
+        box_average_precision([box], [{**box, "scores": None}])
 
 
 def test_bad_options_of_scores():
@@ -574,7 +593,11 @@ def test_labels_come_back_as_they_were(data):
         (lambda X, b: (X, [[]] * 8), "all empty"),
         (lambda X, b: (X, [[[0.1, 0.2, 0.5, 0.9]]] * 8), "beyond 0.9 pixels"),
         (lambda X, b: (X, X[..., 0]), "boxes_from_masks"),
-        (lambda X, b: (X, [*b[:7], [[0, 0, 33, 4]]]), r"image 7 hold .* 32 x 32 pixels"),
+        (
+            lambda X, b: (X, [*b[:7], {"boxes": [[0, 0, 33, 4]], "labels": [1]}]),
+            r"image 7 hold .* 32 x 32 pixels",
+        ),
+        (lambda X, b: (X, [*b[:7], b[7]["boxes"]]), "image 7 have no labels"),
         (lambda X, b: (X, [*b[:7], [[5, 5, 3, 3]]]), "width, height"),
         (lambda X, b: (X.reshape(8, -1), b), "image_shape"),
         (lambda X, b: (["nowhere.png"] * 8, b), "nowhere.png"),

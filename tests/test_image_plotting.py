@@ -222,6 +222,15 @@ def test_attention_of_equal_size_is_shown_as_it_is():
     assert np.allclose(tiles(display, 6, 4)[0, 1], known)
 
 
+def test_attention_of_a_unet_is_refused():
+    class UNet:
+        def attention_maps(self, X):
+            return {(3, 2): np.full((len(X), 6, 6), 1 / 6)}
+
+    with pytest.raises(TypeError, match="dict of maps by resolution"):
+        AttentionDisplay.from_estimator(UNet(), pictures(2))
+
+
 # ------------------------------------------------------------------ errors
 
 

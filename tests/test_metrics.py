@@ -1,5 +1,6 @@
 """Each score against a slow, obvious version of itself, closed forms, and what must not matter."""
 
+import inspect
 import pickle
 from itertools import permutations
 
@@ -18,6 +19,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV, LeaveOneOut, StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from diffaugkit import metrics
 from diffaugkit.metrics import (
     QualityReport,
     clustering_accuracy,
@@ -601,6 +603,14 @@ def test_errors_say_what_is_wrong(call, message):
 def test_an_extractor_that_is_none_is_refused():
     with pytest.raises(TypeError, match=r"fitted estimator with transform, or a callable, got str"):
         frechet_distance(normal(9, 2), normal(9, 2), extractor="inception")
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in metrics.__all__ if inspect.isroutine(vars(metrics)[n])]
+)
+def test_help_names_types_in_short(name):
+    # Evaluated, the one word ArrayLike is 250 characters.
+    assert "_SupportsArray" not in str(inspect.signature(getattr(metrics, name)))
 
 
 def test_inputs_and_global_randomness_stay_as_they_are(blobs):

@@ -93,6 +93,36 @@ def test_regions_per_image_ignored_and_missing():
     np.testing.assert_allclose(iou_score(*binary), dice_score(*binary) / (2 - dice_score(*binary)))
 
 
+def test_regions_of_masks_of_several_sizes():
+    true, predicted = random_masks(seed=2)
+    cut = [(12, 14), (5, 9), (12, 3), (1, 1)]
+    true, predicted = (
+        [mask[:h, :w] for mask, (h, w) in zip(masks, cut, strict=True)]
+        for masks in (true, predicted)
+    )
+    flat = [np.concatenate([mask.ravel() for mask in masks]) for masks in (true, predicted)]
+    for score, options in (
+        (dice_score, {"average": False}),
+        (iou_score, {"average": False, "ignore_label": 2, "labels": [0, 1, 3]}),
+        (pixel_aji, {}),
+        (sensitivity, {"average": False}),
+        (specificity, {"average": False}),
+    ):
+        np.testing.assert_array_equal(score(true, predicted, **options), score(*flat, **options))
+        tensors = [[torch.from_numpy(mask) for mask in masks] for masks in (true, predicted)]
+        np.testing.assert_array_equal(score(*tensors, **options), score(*flat, **options))
+        with pytest.raises(ValueError, match="image by image, masks of the same shapes: got 4"):
+            score(true, predicted[::-1])
+    each = dice_score(true, predicted, per_image=True, average=False)
+    assert each.shape == (4, 3)
+    for i in range(4):
+        one = dice_score(true[i], predicted[i], labels=[1, 2, 3], average=False)
+        np.testing.assert_array_equal(each[i], one)
+    assert dice_score(true, predicted, per_image=True) == pytest.approx(each.mean())
+    with pytest.raises(ValueError, match="threshold it first"):
+        dice_score(true, [mask / 4 for mask in predicted])
+
+
 @settings(max_examples=60, deadline=None)
 @given(PAIRS)
 def test_sensitivity_and_specificity(pair):
@@ -268,6 +298,21 @@ def test_object_aji_sees_what_pixels_do_not():
     assert pixel_aji(true > 0, joined) == 0.8
     assert object_aji(true, joined) == pytest.approx(0.4)
     assert object_aji(true, true[:, ::-1]) == object_aji(true, 7 * true) == 1.0
+
+
+@pytest.mark.parametrize("score", [object_aji, object_f1, panoptic_quality])
+def test_bool_masks_hold_no_objects(score):
+    true = np.array([[1, 1, 0, 1, 1]], bool)
+    found = np.array([[1, 1, 0, 0, 0]], bool)
+    objects = label_instances(true), label_instances(found)
+    assert 0 < score(*objects) < 1
+    for pair, name in (
+        ((true, objects[1]), "y_true"),
+        ((objects[0], found), "y_pred"),
+        (([objects[0], true], [objects[1], found]), "y_true"),
+    ):
+        with pytest.raises(ValueError, match=rf"give label_instances\({name}\)"):
+            score(*pair)
 
 
 @settings(max_examples=60, deadline=None)

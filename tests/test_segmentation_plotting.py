@@ -146,12 +146,37 @@ def test_from_estimator_and_given_axes(X, masks):
         SegmentationDisplay.from_estimator(object(), X)
 
 
+def test_images_of_several_sizes_each_stand_in_their_row(X, masks):
+    masks[1] = 0
+    masks[1, 1:, 2:] = 2  # cut through below and on the right
+    images, regions = [X[0], X[1, :5, :7]], [masks[0], masks[1, :5, :7]]
+    expected = tiles(SegmentationDisplay.from_predictions(X, masks, masks))
+    display = SegmentationDisplay.from_estimator(Segmenter(regions), images, regions, ["a", "b"])
+    mosaic = np.asarray(display.image_.get_array())
+    starts = FACTOR * W * np.array([0, 1, 2]) + np.cumsum([0, 30, 30])  # gaps of 3 * 5 %
+    for number, left in enumerate(starts):
+        large = mosaic[: FACTOR * H, left : left + FACTOR * W]
+        np.testing.assert_allclose(large, expected[0, number])
+        # In the middle of white, without an outline where it ends.
+        small = np.ones((FACTOR * H, FACTOR * W, 3))
+        part = expected[1, number, : FACTOR * 5, : FACTOR * 7]
+        small[FACTOR : FACTOR * 6, FACTOR : FACTOR * 8] = part
+        np.testing.assert_allclose(mosaic[-FACTOR * H :, left : left + FACTOR * W], small)
+    renamed = [3 * (mask > 0) for mask in regions]
+    matched = SegmentationDisplay.from_predictions(images, regions, renamed, match=True)
+    known = SegmentationDisplay.from_predictions(images, regions, regions)
+    np.testing.assert_array_equal(matched.image_.get_array(), known.image_.get_array())
+    with pytest.raises(ValueError, match=r"mask 1 has shape \(8, 10\), but the image \(5, 7\)"):
+        SegmentationDisplay(images, masks).plot()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"y_pred": np.zeros((2, H, W - 1), int)}, r"y_pred must be of shape \(2, 8, 10\)"),
+        ({"y_pred": np.zeros((2, H, W - 1), int)}, r"y_pred .* mask 0 has shape \(8, 9\)"),
         ({"y_pred": np.zeros((2, H, W))}, "y_pred must hold bool or int"),
-        ({"y_true": np.zeros((1, H, W), int)}, "y_true must be of shape"),
+        ({"y_true": np.zeros((1, H, W), int)}, "y_true must hold 2 masks, one per image, got 1"),
+        ({"y_pred": None}, "y_pred must hold 2 masks"),
         ({"labels": ["a"]}, "labels must name the 2 rows"),
         ({"X": np.zeros((0, H, W, 3)), "y_pred": np.zeros((0, H, W), int)}, "no images"),
     ],

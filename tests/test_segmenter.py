@@ -370,6 +370,21 @@ def test_masks_from_files_and_of_several_sizes(tmp_path):
         np.testing.assert_array_equal(one, other)
     assert read.score(paths, mask_paths) == model.score(X, masks)
     assert model.patch_shape_ == (8, 8)
+    theirs = dice_score(masks, model.predict(X), per_image=True, zero_division=np.nan)
+    assert model.score(X, masks) == pytest.approx(theirs)
+
+
+def test_masks_from_jpeg_files_are_refused(data, tmp_path):
+    from PIL import Image
+
+    X, masks = data
+    paths = []
+    for number, mask in enumerate(masks):
+        paths.append(tmp_path / f"{number}.{'jpg' if number == 2 else 'png'}")
+        Image.fromarray(255 * mask.astype(np.uint8)).save(paths[-1])
+    for given in (paths, list(map(str, paths)), [Image.open(path) for path in paths]):
+        with pytest.raises(ValueError, match=r"row 2, .*2\.jpg, is a JPEG, .* PNG or TIFF"):
+            tiny().fit(X, given)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 A box is (x_min, y_min, x_max, y_max) in pixels: a pixel in column j covers j to j + 1. The boxes of
 an image are an array (n, 4), or a dict as torchvision has it, ``{"boxes": (n, 4), "labels": (n,),
-"scores": (n,)}``, whose labels may be left out, and of the truth the scores too.
+"scores": (n,)}``, whose labels may be left out in all images, and of the truth the scores too.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -183,18 +185,32 @@ def check_boxes(y: Sequence, name: str = "boxes", scored: bool = False) -> list[
     Raises
     ------
     ValueError
-        For anything else, and for boxes whose maxima do not exceed their minima.
+        For anything else, for boxes whose maxima do not exceed their minima, and if the boxes of
+        some images have labels and those of others have none.
     """
     if isinstance(y, dict | str) or not hasattr(y, "__len__"):
         raise ValueError(f"{name} must be a list with the boxes of each image, one entry each.")
-    return [
+    found = [
         _check_image(image, f"{name} of image {number}", scored) for number, image in enumerate(y)
     ]
+    # The 1 of boxes without labels must not become a class beside those that have names.
+    named = {
+        number: isinstance(image, dict) and image.get("labels") is not None
+        for number, image in enumerate(y)
+        if len(found[number]["boxes"])
+    }
+    if any(named.values()) and not all(named.values()):
+        first = next(number for number in named if not named[number])
+        raise ValueError(
+            f"The {name} of image {first} have no labels, but those of others have: give the class "
+            "of each box in all images, or in none."
+        )
+    return found
 
 
 def _check_image(image, name, scored):
     given = image if isinstance(image, dict) else {"boxes": image}
-    if "boxes" not in given or (scored and "scores" not in given):
+    if "boxes" not in given or (scored and given.get("scores") is None):
         need = "'boxes' and 'scores'" if scored else "'boxes'"
         raise ValueError(f"The {name} must be a dict with {need}, got {_kind(image)}.")
     try:
@@ -216,7 +232,8 @@ def _check_image(image, name, scored):
         )
     out = {"boxes": boxes}
     for key in ("labels", "scores") if scored else ("labels",):
-        values = np.ones(len(boxes), np.int64) if key not in given else to_numpy(given[key])
+        values = given.get(key)
+        values = np.ones(len(boxes), np.int64) if values is None else to_numpy(values)
         values = np.asarray(values, np.float64 if key == "scores" else None).reshape(-1)
         if len(values) != len(boxes):
             raise ValueError(f"The {name} are {len(boxes)}, but have {len(values)} {key}.")
@@ -227,7 +244,9 @@ def _check_image(image, name, scored):
 
 
 def _kind(image):
-    return f"the keys {list(image)}" if isinstance(image, dict) else type(image).__name__
+    if not isinstance(image, dict):
+        return type(image).__name__
+    return f"the keys {[key for key, values in image.items() if values is not None]}"
 
 
 def _pair(y_true, y_pred, scored=True):

@@ -1,5 +1,7 @@
 """Scores of an embedding against known classes: clusters, and cross-validated classifiers."""
 
+from __future__ import annotations
+
 import warnings
 from numbers import Integral
 from typing import Any

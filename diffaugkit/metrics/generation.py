@@ -1,5 +1,7 @@
 """Distances between generated and real samples: distribution, coverage, nearness to sources."""
 
+from __future__ import annotations
+
 from hashlib import blake2b
 from typing import Any
 

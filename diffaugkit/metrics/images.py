@@ -4,6 +4,8 @@ The protocols are DINO's (Caron et al. 2021, sections 4.2.1 and 4.2.2, tables 4 
 Gen-SIS follows in its tables 2 to 4.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real

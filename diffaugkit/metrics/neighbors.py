@@ -4,6 +4,8 @@ DINO (Caron et al. 2021, https://arxiv.org/abs/2104.14294): L2-normalised featur
 exp(similarity / 0.07), k of 10, 20, 100 and 200. Gen-SIS reports k = 10 and 20.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Iterable
 from numbers import Real

@@ -1,5 +1,7 @@
 """DINO's linear probe: a linear classifier by SGD on frozen features, its learning rate swept."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any

@@ -1,5 +1,7 @@
 """The report on generated samples, and scorers of generators for scikit-learn's searches."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

@@ -14,6 +14,8 @@ Label 0 is the background, which counts only where it is asked for. ``label_inst
 objects from classes. Macro F1 and AUC are scikit-learn's.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -43,17 +45,17 @@ def dice_score(
 
     Parameters
     ----------
-    y_true : bool or int array-like of any shape
+    y_true : bool or int array-like of any shape, or list of masks of several sizes
         Class of each pixel.
-    y_pred : array-like of the same shape
+    y_pred : as `y_true`
         Predicted classes.
     labels : sequence of int or None, default=None
         Classes to count. None takes all that occur in either, but not 0, the background.
     average : bool, default=True
         Whether to return the mean over classes (and images), or one value each.
     per_image : bool, default=False
-        Whether each entry of the first axis is scored by itself. False pools all pixels, so that a
-        large object counts more than a small one.
+        Whether each entry of the first axis, or of the list, is scored by itself. False pools all
+        pixels, so that a large object counts more than a small one.
     ignore_label : int or None, default=None
         Pixels of this label in `y_true` are left out.
     zero_division : float, default=1.0
@@ -174,9 +176,9 @@ def sensitivity(
 
     Parameters
     ----------
-    y_true : array-like of any shape
-        Classes of samples, or of the pixels of masks.
-    y_pred : array-like of the same shape
+    y_true : array-like of any shape, or list of masks of several sizes
+        Classes of samples, or of the pixels of masks; all are pooled.
+    y_pred : as `y_true`
         Predicted classes.
     labels : sequence or None, default=None
         Classes to count. None: 1 of 0 and 1, the second of two sorted classes, all of more.
@@ -402,7 +404,8 @@ def object_aji(y_true: ArrayLike, y_pred: ArrayLike, *, average: bool = True) ->
     Parameters
     ----------
     y_true : int array-like of shape (h, w) or (n_images, h, w), or list of (h, w)
-        Number of the object of each pixel, 0 for the background; see :func:`label_instances`.
+        Number of the object of each pixel, 0 for the background: :func:`label_instances` makes them
+        of masks that only tell objects from background.
     y_pred : as `y_true`
         Predicted objects, with numbers of their own.
     average : bool, default=True
@@ -416,7 +419,7 @@ def object_aji(y_true: ArrayLike, y_pred: ArrayLike, *, average: bool = True) ->
     Raises
     ------
     ValueError
-        If shapes disagree, or masks hold no labels.
+        If shapes disagree, or masks hold no labels, or are bool: those hold no numbers of objects.
 
     References
     ----------
@@ -467,7 +470,7 @@ def object_f1(
     Raises
     ------
     ValueError
-        If shapes disagree, masks hold no labels, or the threshold is out of range.
+        As for :func:`object_aji`, and if the threshold is out of range.
 
     Examples
     --------
@@ -513,7 +516,7 @@ def panoptic_quality(
     Raises
     ------
     ValueError
-        If shapes disagree, masks hold no labels, or the threshold is out of range.
+        As for :func:`object_aji`, and if the threshold is out of range.
 
     Examples
     --------
@@ -702,22 +705,58 @@ def _mask(y, name):
     return y
 
 
+def _aligned(y_true, y_pred):
+    """Return both as arrays of one shape, and None.
+
+    Lists of masks of several sizes become rows of all pixels, and where to split these.
+    """
+    both = [to_numpy(y) for y in (y_true, y_pred)]
+    if any(
+        isinstance(y, list | tuple) and len({getattr(mask, "shape", ()) for mask in y}) > 1
+        for y in both
+    ):
+        both = [[np.asarray(to_numpy(mask)) for mask in y] for y in both]
+        _check_shapes(*both)
+        ends = np.cumsum([mask.size for mask in both[0]])[:-1]
+        return *(np.concatenate([mask.ravel() for mask in y]) for y in both), ends
+    true, predicted = map(np.asarray, both)
+    if true.shape != predicted.shape:
+        raise ValueError(
+            f"y_true and y_pred must be of one shape, got {true.shape} and {predicted.shape}."
+        )
+    return true, predicted, None
+
+
+def _check_shapes(true, predicted):
+    """Refuse lists of masks of which not each has the shape of its partner."""
+    shapes = [mask.shape for mask in true], [mask.shape for mask in predicted]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"y_true and y_pred must have, image by image, masks of the same shapes: got "
+            f"{len(true)} of {sorted(set(shapes[0]))} and {len(predicted)} of "
+            f"{sorted(set(shapes[1]))}."
+        )
+
+
 def _region_sizes(y_true, y_pred, labels, per_image, ignore_label):
     """Return overlap, true and predicted size in pixels, each (n_images or 1, n_labels)."""
-    true, predicted = _mask(y_true, "y_true"), _mask(y_pred, "y_pred")
-    if true.shape != predicted.shape or not true.size:
-        raise ValueError(
-            f"y_true and y_pred must be of one shape, and not empty: got {true.shape} and "
-            f"{predicted.shape}."
-        )
-    if per_image and true.ndim < 2:
+    true, predicted, ends = _aligned(y_true, y_pred)
+    true, predicted = _mask(true, "y_true"), _mask(predicted, "y_pred")
+    if not true.size:
+        raise ValueError("y_true and y_pred must not be empty.")
+    if per_image and true.ndim < 2 and ends is None:
         raise ValueError("per_image=True needs masks of shape (n_images, ...).")
-    n = len(true) if per_image else 1
+    n = len(true) if per_image and ends is None else 1
     true, predicted = true.reshape(n, -1), predicted.reshape(n, -1)
     counted = np.ones_like(true, bool) if ignore_label is None else true != ignore_label
     if labels is None:
         labels = np.union1d(true[counted], predicted[counted])
         labels = labels[labels != 0]
+    if per_image and ends is not None:
+        # Rows of several lengths, each by itself, but with the labels of all.
+        pairs = zip(np.split(true[0], ends), np.split(predicted[0], ends), strict=True)
+        each = [_region_sizes(*pair, labels, False, ignore_label) for pair in pairs]
+        return np.concatenate(each, axis=1)
     sizes = np.zeros((3, n, len(labels)))
     for i, value in enumerate(labels):
         here, there = (true == value) & counted, (predicted == value) & counted
@@ -736,11 +775,7 @@ def _ratio(above, below, average, zero_division):
 
 
 def _confusion(y_true, y_pred, labels):
-    true, predicted = (np.asarray(to_numpy(y)) for y in (y_true, y_pred))
-    if true.shape != predicted.shape:
-        raise ValueError(
-            f"y_true and y_pred must be of one shape, got {true.shape} and {predicted.shape}."
-        )
+    true, predicted, _ = _aligned(y_true, y_pred)
     true, predicted = true.ravel(), predicted.ravel()
     if labels is None:
         labels = np.union1d(true, predicted)
@@ -769,12 +804,7 @@ def _images(y, name):
 
 def _image_pairs(y_true, y_pred):
     true, predicted = _images(y_true, "y_true")[0], _images(y_pred, "y_pred")[0]
-    shapes = [mask.shape for mask in true], [mask.shape for mask in predicted]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"y_true and y_pred must have masks of the same shapes: got {len(true)} of "
-            f"{sorted(set(shapes[0]))} and {len(predicted)} of {sorted(set(shapes[1]))}."
-        )
+    _check_shapes(true, predicted)
     return list(zip(true, predicted, strict=True))
 
 
@@ -827,6 +857,12 @@ def _matched(score, y_true, y_pred, labels, many_to_one, average, ignore_label):
 def _over_objects(score, y_true, y_pred, average):
     values = []
     for true, predicted in _image_pairs(y_true, y_pred):
+        for name, mask in (("y_true", true), ("y_pred", predicted)):
+            if mask.dtype == bool:
+                raise ValueError(
+                    f"{name} is of bool masks, which hold no numbers of objects, so that all would "
+                    f"count as one: give label_instances({name})."
+                )
         t_labels, p_labels, table = _overlaps(true, predicted)
         t, p = t_labels != 0, p_labels != 0
         values.append(score(table[t][:, p], table.sum(axis=1)[t], table.sum(axis=0)[p]))
