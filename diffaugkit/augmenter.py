@@ -24,9 +24,9 @@ from sklearn.base import OneToOneFeatureMixin, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 from sklearn.neighbors import NearestNeighbors
-from sklearn.utils import column_or_1d
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
+from diffaugkit.arrays import check_groups
 from diffaugkit.base import (
     HasMethods,
     Interval,
@@ -441,9 +441,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         rows = generator._check_rows(X)
         targets = read_targets(y)
         check_consistent_length(range(len(rows)), targets.labels)
-        if groups is not None:
-            groups = column_or_1d(groups)
-            check_consistent_length(range(len(rows)), groups)
+        groups = check_groups(groups, len(rows))
         wanted = self._wanted(targets)
         views = _Views(generator, rows)
         self._check_condition(generator)

@@ -296,7 +296,7 @@ class DiffAugEM(TorchTransformer):
         strength : float in (0, 1], default=1.0
             1 generates from noise alone; lower values start from the source with that share of the
             noise levels, and stay closer to it.
-        random_state : int or None, default=None
+        random_state : int, RandomState, Generator or None, default=None
             Seed of the noise; None takes the seed of the fit, so that calls repeat.
 
         Returns
@@ -318,7 +318,7 @@ class DiffAugEM(TorchTransformer):
             Real samples, sources of the generated ones.
         labels : array-like of shape (n_samples,) or None, default=None
             Labels, for their consistency.
-        random_state : int, default=0
+        random_state : int, RandomState, Generator or None, default=0
             Seed of noise and folds.
 
         Returns

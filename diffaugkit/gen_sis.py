@@ -35,7 +35,11 @@ from diffaugkit.base import (
     all_or_nothing,
 )
 from diffaugkit.data import check_X
-from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, interpolate_rows
+from diffaugkit.embedding_diffusion import (
+    EmbeddingConditionedDiffusion,
+    call_seed,
+    interpolate_rows,
+)
 from diffaugkit.encoder import SelfSupervisedEncoder
 from diffaugkit.encoder_fits import draw_partners
 from diffaugkit.image_rows import ImageRows
@@ -279,7 +283,7 @@ class GenSIS(TorchTransformer):
             Generated images per source.
         strength : float in (0, 1], default=1.0
             1 generates from noise alone; lower values start from the source, and stay closer to it.
-        random_state : int or None, default=None
+        random_state : int, RandomState, Generator or None, default=None
             Seed of the noise; None takes the seed of the fit, so that calls repeat.
 
         Returns
@@ -304,7 +308,7 @@ class GenSIS(TorchTransformer):
             Share of `X_a`, in [0, 1].
         kind : {"slerp", "lerp"}, default="slerp"
             Path between the embeddings, per row.
-        random_state : int or None, default=None
+        random_state : int, RandomState, Generator or None, default=None
             As for :meth:`augment`.
 
         Returns
@@ -326,7 +330,7 @@ class GenSIS(TorchTransformer):
             Real images, sources of the generated ones.
         labels : array-like of shape (n_samples,) or None, default=None
             Labels, for their consistency.
-        random_state : int, default=0
+        random_state : int, RandomState, Generator or None, default=0
             Seed of noise and folds.
 
         Returns
@@ -339,13 +343,14 @@ class GenSIS(TorchTransformer):
         check_is_fitted(self, "encoder_")
         rows = self._check_input(X, reset=False)
         real = self.vanilla_encoder_.transform(rows)
-        made = self.diffusion_._augment(rows, real, 1, 1.0, random_state)
+        seed = call_seed(random_state, 0)
+        made = self.diffusion_._augment(rows, real, 1, 1.0, seed)
         return quality_report(
             self.vanilla_encoder_.transform(made),
             np.arange(len(rows)),
             real,
             labels=labels,
-            random_state=random_state,
+            random_state=seed,
         )
 
     # ---- stages ----------------------------------------------------------------------------------

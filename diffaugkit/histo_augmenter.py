@@ -45,7 +45,7 @@ from diffaugkit.base import (
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.diffusion import SAMPLERS, sample_in_batches
-from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, _as_given
+from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, _as_given, call_seed
 from diffaugkit.encoder_fits import auto_epochs
 from diffaugkit.histo_networks import DecoderOf, GuidedDenoiser, LatentClassifier
 from diffaugkit.image_rows import ImageRows, from_unit, to_unit
@@ -353,7 +353,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         ----------
         y : array-like of shape (n,)
             Classes.
-        random_state : int or None, default=None
+        random_state : int, RandomState, Generator or None, default=None
             Seed of the noise. Noise belongs to the row: the sample of row i depends on the seed, on
             i and on ``y[i]`` alone. None takes the seed of the fit, so that calls repeat.
 
@@ -374,7 +374,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         if not len(y) or codes.min() < 0:
             unknown = list(dict.fromkeys(label for label in y.tolist() if label not in numbers))
             raise ValueError(f"y must be classes of fit, {list(numbers)}, got {unknown}.")
-        seed = self._sampling_seed if random_state is None else int(random_state)
+        seed = call_seed(random_state, self._sampling_seed)
         return self._generate(codes, seed)
 
     @_fit_context(prefer_skip_nested_validation=False)

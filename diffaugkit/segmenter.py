@@ -427,11 +427,18 @@ class DiffusionSegmenter(PretrainedUNet):
                 self.classes_ = found[found != self.ignore_label]
             else:
                 self.classes_ = np.asarray(self.classes)
-            if not 2 <= len(np.unique(self.classes_)) == len(self.classes_) < IGNORED:
+            named = self.classes_.tolist()
+            if len(set(named)) < len(named):
+                raise ValueError(f"classes={named} names a class twice.")
+            if len(named) < 2:
                 raise ValueError(
-                    f"masks hold {len(self.classes_)} classes, {self.classes_[:5]}: one class is "
-                    f"too few, {IGNORED} are too many, and each is named once. Name those that "
-                    "masks may hold with classes=."
+                    f"The masks hold no more than one class, {named}: at least two are needed, as "
+                    "object and background. Name all that masks may hold with classes=."
+                )
+            if len(named) >= IGNORED:
+                raise ValueError(
+                    f"The masks hold {len(named)} classes, {named[:5]} and more, but {IGNORED - 1} "
+                    "are possible at most. If these are numbers of objects, give masks > 0."
                 )
         order = np.argsort(self.classes_)
         known, out = self.classes_[order], []

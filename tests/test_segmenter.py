@@ -407,6 +407,16 @@ def test_bad_input(data, change, message):
         tiny().fit(*change(*data))
 
 
+def test_classes_that_cannot_be_are_refused(data):
+    X, masks = data
+    with pytest.raises(ValueError, match=r"one class, \[1\]: at least two are needed"):
+        tiny().fit(X, np.ones_like(masks, int))
+    with pytest.raises(ValueError, match=r"hold 300 classes, .* 254 are possible at most"):
+        tiny().fit(X, np.arange(masks.size).reshape(masks.shape) % 300)
+    with pytest.raises(ValueError, match=r"classes=\[0, 1, 0\] names a class twice"):
+        tiny(classes=[0, 1, 0]).fit(X, masks)
+
+
 def test_bad_input_after_fit(data, fitted):
     X, masks = data
     with pytest.raises(ValueError, match="channels"):
