@@ -493,6 +493,10 @@ def test_quality_report_without_labels_or_sources(blobs):
     assert report.copy_ratio is None
     assert not report.near_copies
     assert "copy ratio                 -" in str(report)
+    with pytest.raises(ValueError, match="a label of its own"):
+        quality_report(X + 0.1, None, X, labels=np.arange(120))
+    with pytest.raises(ValueError, match=r"4 real samples .*: give more samples"):
+        quality_report(X[:5] + 0.1, None, X[:5])
 
 
 def test_quality_report_prints_and_tabulates():

@@ -55,7 +55,9 @@ def check_neighbors(n_neighbors, available=None, what="real samples"):
     if not isinstance(n_neighbors, Integral) or n_neighbors < 1:
         raise ValueError(f"n_neighbors must be an int >= 1, got {n_neighbors!r}.")
     if available is not None and n_neighbors > available:
-        raise ValueError(f"n_neighbors={n_neighbors}, but there are only {available} {what}.")
+        raise ValueError(
+            f"n_neighbors={n_neighbors}, but there are only {available} {what}: give more samples."
+        )
 
 
 def stratified_folds(codes, cv, random_state):

@@ -374,7 +374,13 @@ def make_embedding_scorer(
 
 def _cross_fitted_consistency(generated, source, real, codes, n_neighbors, random_state):
     """Return the consistency of generated samples (None without source) and of real ones."""
-    folds = stratified_folds(codes, int(min(10, np.bincount(codes).max())), random_state)
+    most = int(np.bincount(codes).max())
+    if most < 2:
+        raise ValueError(
+            f"Each of the {len(codes)} samples has a label of its own: the consistency of labels "
+            "needs some that several samples share."
+        )
+    folds = stratified_folds(codes, min(10, most), random_state)
     hit = np.zeros(len(real), dtype=bool)
     generated_hit = np.zeros(len(generated), dtype=bool)
     with warnings.catch_warnings():

@@ -74,6 +74,9 @@ def leiden_scores(embedding, y, seed):
 
 def run(args):
     """Embed and cluster whatever is not yet in the result file."""
+    import torch
+
+    threads = torch.get_num_threads()
     results = Results(args.out)
     methods = [method for method in args.methods if available(method)]
     for asked_seed, name in itertools.product(args.seeds, args.sets):
@@ -92,6 +95,7 @@ def run(args):
                     make = partial(embed, inputs(what, kind), seed, args)
                     array, _ = inputs.cached(make, method, kind, str(seed))
                 else:
+                    torch.set_num_threads(threads)  # numba, below neighbors, lifts a limit
                     array = fit_ours(method, inputs.cells, seed, args.quick)["high-D"]
                 results.add(key, leiden_scores(array, inputs.cells.y, seed))
                 print(f"{key}: {results.read()[key]}", flush=True)
