@@ -481,7 +481,15 @@ def _kind_of(image, name):
             f"{_capital(name)} has mode {image.mode}, which has no plain reading as grey or "
             'colour: convert it with image.convert("RGB").'
         )
-    return image.size, _READ_AS[image.mode]
+    kind = _READ_AS[image.mode]
+    # Layout in the file, of an image not yet decoded: "RGB;16L" and the like.
+    stored = str(image.tile[0][3]) if getattr(image, "tile", None) else ""
+    if kind in ("L", "RGB") and ";16" in stored:
+        raise ValueError(
+            f"{_capital(name)} has several channels of 16 bits, of which Pillow would keep the "
+            "upper 8: read the files with tifffile or skimage.io.imread, and give them as one array."
+        )
+    return image.size, kind
 
 
 def _checked_header(file, name):

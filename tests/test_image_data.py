@@ -337,6 +337,11 @@ def test_modes_of_pillow(tmp_path):
     assert rows.pixel_range == (-3.5, 0.25)
     with pytest.raises(ValueError, match="image in row 1 has mode LAB"):
         FileImageRows([colour, Image.new("LAB", (4, 4))])
+    # Of colour in 16 bits Pillow keeps the upper 8: faint images would be all but black.
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "faint.tif", np.full((4, 4, 3), 300, "u2"), photometric="rgb")
+    with pytest.raises(ValueError, match=r"faint\.tif has several channels of 16 bits"):
+        gate([tmp_path / "faint.tif"])
 
 
 def test_folders_as_in_torchvision(truth, tmp_path):
