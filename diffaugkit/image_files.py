@@ -487,7 +487,7 @@ def _kind_of(image, name):
     if kind in ("L", "RGB") and ";16" in stored:
         raise ValueError(
             f"{_capital(name)} has several channels of 16 bits, of which Pillow would keep the "
-            "upper 8: read the files with tifffile or skimage.io.imread, and give them as one array."
+            "upper 8: read the files with tifffile or skimage.io.imread, and give one array."
         )
     return image.size, kind
 
