@@ -244,9 +244,8 @@ def embed_and_judge(method, kind, seed, inputs, args):
     return record
 
 
-def run(args):
-    """Make and judge every embedding that is not yet in the result file."""
-    results = Results(args.out)
+def runs(args, results):
+    """Yield key, inputs, method, matrix and seed of every run that has no result yet."""
     methods = [method for method in args.methods if available(method)]
     for asked_seed, name in itertools.product(args.seeds, args.sets):
         inputs = Inputs(name, args)
@@ -259,17 +258,23 @@ def run(args):
                 seed = asked_seed if stochastic else 0
             for kind in kinds:
                 key = f"{name}|{method}|{kind}|{seed}"
-                if key in results.read():
-                    continue
-                try:
-                    record = embed_and_judge(method, kind, seed, inputs, args)
-                except Exception as error:
-                    # One method that fails on one set must not cost the others their hours.
-                    print(f"failed {key}: {type(error).__name__}: {error}", flush=True)
-                    continue
-                results.add(key, record)
-                shown = [f"{g} svm {s['svm']} knn {s['knn']}" for g, s in record["scores"].items()]
-                print(f"{key}: {', '.join(shown)} ({record['seconds']:.1f} s)", flush=True)
+                if key not in results.read():
+                    yield key, inputs, method, kind, seed
+
+
+def run(args):
+    """Make and judge every embedding that is not yet in the result file."""
+    results = Results(args.out)
+    for key, inputs, method, kind, seed in runs(args, results):
+        try:
+            record = embed_and_judge(method, kind, seed, inputs, args)
+        except Exception as error:
+            # One method that fails on one set must not cost the others their hours.
+            print(f"failed {key}: {type(error).__name__}: {error}", flush=True)
+            continue
+        results.add(key, record)
+        shown = [f"{g} svm {s['svm']} knn {s['knn']}" for g, s in record["scores"].items()]
+        print(f"{key}: {', '.join(shown)} ({record['seconds']:.1f} s)", flush=True)
 
 
 def gather(records, group):

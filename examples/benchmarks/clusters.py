@@ -16,13 +16,12 @@ are written as they come, and a second run goes on where the first stopped::
 from __future__ import annotations
 
 import argparse
-import itertools
 import warnings
 from functools import partial
 
 import numpy as np
-from _common import MATRICES, SETS, Results, markdown
-from cells import OURS, PEERS, Inputs, available, fit_ours
+from _common import SETS, Results, markdown
+from cells import OURS, PEERS, fit_ours, runs
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 METHODS = ("PCA-20", "PCA-50", "UMAP-10", "scVI-10", "scVI-30", *OURS)
@@ -78,27 +77,16 @@ def run(args):
 
     threads = torch.get_num_threads()
     results = Results(args.out)
-    methods = [method for method in args.methods if available(method)]
-    for asked_seed, name in itertools.product(args.seeds, args.sets):
-        inputs = Inputs(name, args)
-        for method in methods:
-            kinds, seed = ("ours",), asked_seed
-            if method in PEERS:
-                _, _, what, stochastic, embed = PEERS[method]
-                kinds = ("counts",) if what == "counts" else MATRICES
-                seed = asked_seed if stochastic else 0
-            for kind in kinds:
-                key = f"{name}|{method}|{kind}|{seed}"
-                if key in results.read():
-                    continue
-                if method in PEERS:
-                    make = partial(embed, inputs(what, kind), seed, args)
-                    array, _ = inputs.cached(make, method, kind, str(seed))
-                else:
-                    torch.set_num_threads(threads)  # numba, below neighbors, lifts a limit
-                    array = fit_ours(method, inputs.cells, seed, args.quick)["high-D"]
-                results.add(key, leiden_scores(array, inputs.cells.y, seed))
-                print(f"{key}: {results.read()[key]}", flush=True)
+    for key, inputs, method, kind, seed in runs(args, results):
+        if method in PEERS:
+            _, _, what, _, embed = PEERS[method]
+            make = partial(embed, inputs(what, kind), seed, args)
+            array, _ = inputs.cached(make, method, kind, str(seed))
+        else:
+            torch.set_num_threads(threads)  # numba, below neighbors, lifts a limit
+            array = fit_ours(method, inputs.cells, seed, args.quick)["high-D"]
+        results.add(key, leiden_scores(array, inputs.cells.y, seed))
+        print(f"{key}: {results.read()[key]}", flush=True)
 
 
 def tables(records, sets):
