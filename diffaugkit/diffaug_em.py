@@ -214,6 +214,8 @@ class DiffAugEM(TorchTransformer):
         if not isinstance(encoder, FrozenEstimator):
             encoder.set_params(positives_prob=self.augmentation_prob)
         self._check_frozen(encoder, diffusion)
+        if not isinstance(diffusion, FrozenEstimator):
+            diffusion._check_parts(rows.is_image, conditional=True)
         fitted, positives, history = None, None, []
 
         schedule = self._schedule(encoder, len(rows), "images" if rows.is_image else "vectors")

@@ -226,6 +226,8 @@ class GenSIS(TorchTransformer):
         vanilla, encoder = self._encoders(seed)
         interpolates = self._interpolates(encoder)
         diffusion = self._generator(seed)
+        if isinstance(diffusion, EmbeddingConditionedDiffusion):
+            diffusion._check_parts(is_image=True, conditional=True)
 
         # Stage 1: hand-made views alone.
         if not isinstance(vanilla, FrozenEstimator):

@@ -269,6 +269,10 @@ def test_wrong_parts_are_refused_before_any_work(blobs):
             clone(model).set_params(**{part: other}).fit(blobs[0])
     with pytest.raises(ValueError, match="n_pcs"):
         clone(model).set_params(diffusion__n_pcs=-1).fit(blobs[0])
+    with pytest.raises(ValueError, match="does not take vectors"):
+        clone(model).set_params(diffusion__denoiser="unet").fit(blobs[0])
+    with pytest.raises(ValueError, match=r"is called as forward\(x_t, t\)"):
+        clone(model).set_params(diffusion__denoiser=torch.nn.Identity()).fit(blobs[0])
     with pytest.raises(ValueError, match="kernel"):
         clone(model).set_params(encoder__kernel="nonsense").fit(blobs[0])
     for name in ("schedule", "condition", "augmentation_prob", "n_views"):

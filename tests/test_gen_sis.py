@@ -231,6 +231,7 @@ def test_save_and_load(X, fitted, tmp_path):
         ({"alpha": (0.5, 1.0)}, r"alpha=\(0.5, 1.0\) must be in \(0, 1\)"),
         ({"alpha": ()}, "alpha"),
         ({"encoder": FrozenEstimator(PCA())}, "cannot learn from generated images"),
+        ({"diffusion": EmbeddingConditionedDiffusion(denoiser="mlp")}, "does not take images"),
     ],
 )
 def test_wrong_parameters_are_refused_before_any_work(X, change, message, recorded):

@@ -48,6 +48,7 @@ METHODS = {
     "attention": "attention, threshold chosen",
     "refined": "attention, then k-means",
     "clusters": "k-means, attention maps",
+    "halves": "k-means, attention maps, two, timestep chosen",
 }
 SCORES = {
     "dice": "Dice of the best segment",
