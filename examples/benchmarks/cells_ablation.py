@@ -143,10 +143,12 @@ def plot_levers(records, path):
     if not points:
         return
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for variant, found in points.items():
-        x, y = np.mean(found, axis=0)
-        ax.plot(x, y, "o")
-        ax.annotate(variant, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    means = {variant: np.mean(found, axis=0) for variant, found in points.items()}
+    # Names below and above by turns, so that those of neighbours stay apart.
+    for rank, variant in enumerate(sorted(means, key=lambda name: -means[name][1])):
+        ax.plot(*means[variant], "o")
+        place = {"xytext": (5, 4 if rank % 2 else -11), "textcoords": "offset points"}
+        ax.annotate(variant, means[variant], fontsize=8, **place)
     ax.set(xlabel="copy ratio (0: copies)", ylabel="labels kept, relative to real cells")
     ax.margins(0.2)
     figure.savefig(path, dpi=150)
