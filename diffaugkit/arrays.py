@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.utils import column_or_1d
 
 # Numbers of channels by which an axis is known to be that of the channels.
 _CHANNELS = (1, 3, 4)
@@ -36,6 +35,8 @@ def refuse_missing(values, name, what="labels", cure="drop those samples first")
 
 def check_groups(groups, n):
     """Return the group of each of `n` rows as an array of shape (n,), None if there are none."""
+    from sklearn.utils import column_or_1d
+
     if groups is None:
         return None
     refuse_missing(groups, "groups", "values", "name them or drop those rows")
