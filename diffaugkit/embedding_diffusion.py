@@ -667,7 +667,6 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         )
 
     def _prepare(self, rows, embeddings, *, seed):
-        self._check_parts(rows.is_image, embeddings is not None)
         return _Fit(self, rows, embeddings, seed)
 
     def _set_fitted(self, state, module, history):

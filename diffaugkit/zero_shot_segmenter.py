@@ -265,18 +265,19 @@ class ZeroShotSegmenter(TorchEstimator):
             diffusion.fit(rows)
         self._set_fitted(diffusion)
 
-        attention, shape, _ = self._attention(rows, 0)  # so that what it has not is refused here
-        if self.n_segments is not None:
-            if self.n_segments > len(attention):
-                raise ValueError(
-                    f"n_segments={self.n_segments}, but the attention maps of these images have "
-                    f"{len(attention)} positions, {shape[0]} x {shape[1]}."
-                )
-            self.merge_threshold_ = None
-        elif self.merge_threshold == "auto":
+        if self.n_segments is None and self.merge_threshold == "auto":
             self.merge_threshold_ = self._find_threshold(rows)
-        else:
+            return self
+        attention, shape, _ = self._attention(rows, 0)  # so that what it has not is refused here
+        if self.n_segments is None:
             self.merge_threshold_ = float(self.merge_threshold)
+            return self
+        if self.n_segments > len(attention):
+            raise ValueError(
+                f"n_segments={self.n_segments}, but the attention maps of these images have "
+                f"{len(attention)} positions, {shape[0]} x {shape[1]}."
+            )
+        self.merge_threshold_ = None
         return self
 
     def predict(self, X):
