@@ -112,9 +112,10 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         has 10, 0 ignores the class. Larger scales hit the class more surely and vary less: on those
         three blobs 96 % and a spread of 0.96 at 1, 99 % and 0.80 at 2 (real: 0.99).
         On 8 x 8 digits with five labels a class 55 % were right at 1, 87 % at 3 and 93 % at 10.
-    selection : {"centroid", "random"}, default="centroid"
+    selection : {"centroid", "consistent", "random"}, default="centroid"
         "centroid" keeps a candidate only if the nearest class centroid is that of its class, and
-        of those the closest. "random" keeps what comes first.
+        of those the closest (the paper). "consistent" has the same condition and keeps what comes
+        first: the closest vary least. "random" keeps what comes first, of all.
     n_candidates : float, default=2.0
         Candidates per wanted sample of one round of drawing. Up to five rounds are drawn for a
         class; one that still has too few is warned of, and gets fewer.
@@ -237,7 +238,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         "sampling_strategy": GenerativeAugmenter._parameter_constraints["sampling_strategy"],
         "ratio": [Interval(Real, 0, None, closed="neither")],
         "guidance_scale": [Interval(Real, 0, None, closed="left")],
-        "selection": [StrOptions({"centroid", "random"})],
+        "selection": [StrOptions({"centroid", "consistent", "random"})],
         "n_candidates": [Interval(Real, 1, None, closed="left")],
         "noised_classifier": ["boolean"],
         "tune_decoder": ["boolean"],
@@ -377,6 +378,30 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         seed = call_seed(random_state, self._sampling_seed)
         return self._generate(codes, seed)
 
+    def centroid_distances(self, X):
+        """Distances of samples to the class centroids, by which candidates are selected.
+
+        Both have length 1 in feature space, or nearly (a centroid is the mean of features of
+        length 1), so that distances lie between 0 and 2.
+
+        Parameters
+        ----------
+        X : as for ``fit``, of shape (n_samples, n_features)
+            Real or generated samples.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_classes), float64
+            Columns in the order of ``classes_``.
+
+        Raises
+        ------
+        NotFittedError, ValueError
+            Before ``fit``; for input that does not match it.
+        """
+        check_is_fitted(self, "module_")
+        return cdist(self._features(self._generator()._check_rows(X)), self.centroids_)
+
     @_fit_context(prefer_skip_nested_validation=False)
     @all_or_nothing
     def fit_resample(self, X, y, *, unlabeled=None):
@@ -390,8 +415,8 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         Returns
         -------
         X_resampled : of the kind of `X`, with n_resampled rows
-            The real samples first, then the generated ones class by class, closest first. Lists of
-            pictures or paths come back as one array.
+            The real samples first, then the generated ones class by class, closest first where
+            `selection` is "centroid". Lists of pictures or paths come back as one array.
         y_resampled : of the kind of `y`
 
         Raises
@@ -420,7 +445,8 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         Returns
         -------
         dict of class to dict
-            ``"kept"``: up to 8 samples, closest first; ``"rejected"``: up to 8, farthest first.
+            ``"kept"``: up to 8 samples, in the order of ``fit_resample``; ``"rejected"``: up to 8,
+            farthest first.
             Arrays of samples as `X` had them, for
             :class:`~diffaugkit.plotting.SampleGridDisplay`.
         """
@@ -749,8 +775,10 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             samples, found, distances = self._candidates(code, wanted)
             own, right = distances[:, code], distances.argmin(axis=1) == code
             order = np.arange(len(samples))
+            if self.selection != "random":
+                order = np.flatnonzero(right)
             if self.selection == "centroid":
-                order = np.flatnonzero(right)[np.argsort(own[right], kind="stable")]
+                order = order[np.argsort(own[order], kind="stable")]
             kept = order[:wanted]
             rejected = np.setdiff1d(np.arange(len(samples)), kept)
             # The farthest first: those show what the selection is for.

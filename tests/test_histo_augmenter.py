@@ -400,6 +400,40 @@ def test_selection_against_its_definition(blobs, labelled, pretrained):
     np.testing.assert_array_equal(y[sources], y_more)
 
 
+def test_consistent_selection_keeps_the_first_on_the_right_side(labelled, pretrained):
+    X, y = labelled
+    augmenter = tiny(
+        FrozenEstimator(pretrained), ratio=0.5, n_candidates=6.0, n_sampling_steps=10,
+        max_epochs=20, selection="consistent",
+    )  # fmt: skip
+    X_more, y_more = augmenter.fit_resample(X, y)
+    made, labels = X_more[len(X) :], y_more[len(X) :]
+    n_dropped = 0
+    for k, c in enumerate("abc"):
+        seed = diffaugkit.runtime.mix_seed(augmenter._sampling_seed, k, 0)
+        drawn = augmenter._generate(np.full(24, k), seed)
+        right = augmenter.centroid_distances(drawn).argmin(axis=1) == k
+        n_dropped += int((~right).sum())
+        assert right.sum() >= 4
+        np.testing.assert_array_equal(made[labels == c], drawn[right][:4])
+    assert n_dropped > 0
+
+
+def test_centroid_distances_against_numpy(blobs, labelled, pretrained):
+    X, y = labelled
+    encoder = PCA(3, random_state=0).fit(blobs[0])
+    fitted = tiny(FrozenEstimator(pretrained), FrozenEstimator(encoder)).fit(X, y)
+    features = unit(encoder.transform(blobs[0]).astype(np.float64))
+    real = unit(encoder.transform(X).astype(np.float64))
+    centroids = np.stack([real[y == c].mean(0) for c in "abc"])
+    expected = np.linalg.norm(features[:, None] - centroids, axis=2)
+    np.testing.assert_allclose(fitted.centroid_distances(blobs[0]), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="features"):
+        fitted.centroid_distances(X[:, :3])
+    with pytest.raises(NotFittedError):
+        HistoDiffusionAugmenter().centroid_distances(X)
+
+
 def test_random_selection_keeps_what_comes_first(fitted, labelled):
     augmenter = clone(fitted).set_params(selection="random", ratio=0.5)
     X_more, y_more = augmenter.fit_resample(*labelled)
