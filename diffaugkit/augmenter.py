@@ -42,6 +42,7 @@ from diffaugkit.metrics import NEAR_COPY, QualityReport, quality_report
 from diffaugkit.resampling import (
     SharedLabelPairs,
     append_like,
+    check_reading,
     count_wanted,
     cycle,
     read_targets,
@@ -363,7 +364,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
             self.diffusion_ = self.diffusion
             generator = self._generator()
             check_is_fitted(generator, "module_")
-            self._check_image_shape(generator.image_shape_)
+            check_reading(self, generator.image_shape_, generator.layer)
             generator._check_rows(X)
             self.n_features_in_ = generator.n_features_in_
             vars(self).pop("feature_names_in_", None)
@@ -398,21 +399,12 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
             diffusion = _check_generator(clone(self.diffusion))
         if diffusion.image_shape is None:
             diffusion.set_params(image_shape=self.image_shape)
-        self._check_image_shape(diffusion.image_shape)
+        check_reading(self, diffusion.image_shape, diffusion.layer)
         return self._hand_over(
             diffusion,
             random_state=self._child_seed(seed, 0),
             checkpoint_dir=self._folder("diffusion"),
         )
-
-    def _check_image_shape(self, own):
-        """Refuse an `image_shape` that is not the generator's: it would not be used."""
-        if self.image_shape is not None and (own is None or tuple(own) != tuple(self.image_shape)):
-            raise ValueError(
-                f"image_shape={self.image_shape!r}, but the diffusion model has "
-                f"{'vectors' if own is None else f'image_shape={own!r}'}: leave image_shape at "
-                "None, or give the same."
-            )
 
     def _generator(self):
         return _check_generator(getattr(self.diffusion_, "estimator", self.diffusion_))

@@ -52,6 +52,7 @@ from diffaugkit.image_rows import ImageRows, from_unit, to_unit
 from diffaugkit.metrics import NEAR_COPY, copy_ratio, nearest_training_samples
 from diffaugkit.resampling import (
     append_like,
+    check_reading,
     count_wanted,
     read_targets,
     sampler_tags,
@@ -538,6 +539,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
                 raise ValueError(
                     "unlabeled was given, but diffusion is frozen: it is not fitted again."
                 )
+            check_reading(self, generator.image_shape_, generator.layer)
             rows = generator._check_rows(X)
             check_consistent_length(range(len(rows)), codes)
         else:
@@ -580,9 +582,12 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             diffusion = clone(self.diffusion)
         if diffusion.random_state is None:
             diffusion.set_params(random_state=self._child_seed(seed, _DIFFUSION))
-        # How to read X: both are told, or the one that has it tells the other.
-        given = {name: getattr(self, name) for name in ("layer", "image_shape")}
-        return diffusion.set_params(**{k: v for k, v in given.items() if v is not None})
+        # How to read X: the one that has it tells the other.
+        for name in ("layer", "image_shape"):
+            if getattr(diffusion, name) is None:
+                diffusion.set_params(**{name: getattr(self, name)})
+        check_reading(self, diffusion.image_shape, diffusion.layer)
+        return diffusion
 
     def _tune(self, autoencoder, rows, codes, weight, seed, history):
         """Copy the autoencoder, and tune the decoder of the copy to the labelled images (Eq. 5)."""

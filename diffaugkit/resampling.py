@@ -22,6 +22,7 @@ __all__ = [
     "SharedLabelPairs",
     "Targets",
     "append_like",
+    "check_reading",
     "count_wanted",
     "cycle",
     "read_targets",
@@ -71,6 +72,44 @@ def sampler_tags(tags):
         non_deterministic=tags.non_deterministic,
         input_tags=_SamplerInputTags(**inputs),
     )
+
+
+def check_reading(sampler, image_shape, layer):
+    """Refuse an `image_shape` or a `layer` that are not the generator's: they would not be used.
+
+    Parameters
+    ----------
+    sampler : estimator
+        Whose own values count where they are not None.
+    image_shape : sequence of int or None
+        The generator's; None for vectors.
+    layer : str or None
+        The generator's.
+
+    Raises
+    ------
+    ValueError
+        If they differ.
+    """
+    asked = sampler.image_shape
+    if asked is not None:
+        same = image_shape is not None and len(image_shape) == len(asked)
+        # -1 is the entry that follows from the others.
+        same = same and all(
+            -1 in pair or len(set(pair)) == 1 for pair in zip(asked, image_shape, strict=True)
+        )
+        if not same:
+            has = "vectors" if image_shape is None else f"image_shape={image_shape!r}"
+            raise ValueError(
+                f"image_shape={asked!r}, but the diffusion model has {has}: leave image_shape at "
+                "None, or give the same."
+            )
+    asked = getattr(sampler, "layer", None)
+    if asked is not None and asked != layer:
+        raise ValueError(
+            f"layer={asked!r}, but the diffusion model has layer={layer!r}: leave layer at None, "
+            "or give the same."
+        )
 
 
 # ---- targets -------------------------------------------------------------------------------------

@@ -162,7 +162,9 @@ def _read_mask(mask, size, row):
 
         with Image.open(Path(mask)) as picture:
             return _read_mask(picture, size, row)
-    if getattr(mask, "format", None) == "JPEG":
+    # A TIFF may hold JPEG inside.
+    inside = getattr(mask, "info", {}).get("compression")
+    if getattr(mask, "format", None) == "JPEG" or inside in ("jpeg", "tiff_jpeg"):
         raise ValueError(
             f"The mask in row {row}, {mask.filename}, is a JPEG, whose compression changes labels: "
             "save masks as PNG or TIFF."

@@ -346,6 +346,24 @@ def test_auto_generator(images, blobs, monkeypatch):
     assert all(part.encoder is None for part in fitted)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_reading_that_is_not_the_generators_is_refused(labelled, frozen):
+    X, y = labelled
+    generator = EmbeddingConditionedDiffusion(None, layer="scaled", **DIFFUSION)
+    adata = ad.AnnData(np.zeros_like(X), layers={"scaled": X, "other": X})
+    if frozen:
+        generator = FrozenEstimator(generator.fit(adata))
+    with pytest.raises(ValueError, match="layer='other', but the diffusion model has layer='scal"):
+        tiny(generator, layer="other").fit(adata, y)
+    images = np.random.default_rng(0).random((24, 64), dtype=np.float32)
+    generator = EmbeddingConditionedDiffusion(None, image_shape=(8, 8, 1), **UNET)
+    if frozen:
+        generator = FrozenEstimator(generator.fit(images))
+    with pytest.raises(ValueError, match=r"=\(4, 16, 1\), but .*=\(8, 8, 1\)"):
+        tiny(generator, image_shape=(4, 16, 1)).fit(images, y)
+    tiny(generator, image_shape=(8, -1, 1)).fit(images, y)
+
+
 # ---- selection -----------------------------------------------------------------------------------
 
 

@@ -374,16 +374,19 @@ def test_masks_from_files_and_of_several_sizes(tmp_path):
     assert model.score(X, masks) == pytest.approx(theirs)
 
 
-def test_masks_from_jpeg_files_are_refused(data, tmp_path):
+@pytest.mark.parametrize("lossy", [("jpg", {}), ("tif", {"compression": "jpeg"})])
+def test_masks_that_jpeg_compressed_are_refused(data, tmp_path, lossy):
     from PIL import Image
 
     X, masks = data
+    suffix, options = lossy
     paths = []
     for number, mask in enumerate(masks):
-        paths.append(tmp_path / f"{number}.{'jpg' if number == 2 else 'png'}")
-        Image.fromarray(255 * mask.astype(np.uint8)).save(paths[-1])
+        last = number == 2
+        paths.append(tmp_path / f"{number}.{suffix if last else 'png'}")
+        Image.fromarray(255 * mask.astype(np.uint8)).save(paths[-1], **options if last else {})
     for given in (paths, list(map(str, paths)), [Image.open(path) for path in paths]):
-        with pytest.raises(ValueError, match=r"row 2, .*2\.jpg, is a JPEG, .* PNG or TIFF"):
+        with pytest.raises(ValueError, match=rf"row 2, .*2\.{suffix}, is a JPEG, .* PNG or"):
             tiny().fit(X, given)
 
 
