@@ -182,7 +182,8 @@ class ImageRecipe:
     stain : float, default=0.0
         Largest relative change of the density of haematoxylin, eosin and residual each.
     blur : tuple of float, default=(1.0, 0.1, 0.5)
-        Probability of a Gaussian blur, sigma from U(0.1, 2); none below 48 pixels.
+        Probability of a Gaussian blur, sigma from U(0.1, 2); none below 48 pixels, or 24 of a
+        local crop.
     solarise : tuple of float, default=(0.0, 0.2, 0.0)
         Probability of inverting what is brighter than the middle.
     """
@@ -389,10 +390,12 @@ def _crop(x, size, scale, recipe):
     if recipe.degrees:
         angle = angle + _uniform(x, -1.0, 1.0) * math.radians(recipe.degrees)
     cos, sin = angle.cos(), angle.sin()
+    # The grid goes from -1 to 1 on both axes: a view that is not square would be sheared.
+    ratio = size[0] / size[1]
     affine = torch.stack(
         [
-            torch.cat([half_w * cos, -half_w * sin, shift_x], dim=1),
-            torch.cat([half_h * sin, half_h * cos, shift_y], dim=1),
+            torch.cat([half_w * cos, -half_w * sin * ratio, shift_x], dim=1),
+            torch.cat([half_h * sin / ratio, half_h * cos, shift_y], dim=1),
         ],
         dim=1,
     )

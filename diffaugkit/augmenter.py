@@ -24,6 +24,7 @@ from sklearn.base import OneToOneFeatureMixin, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 from sklearn.neighbors import NearestNeighbors
+from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from diffaugkit.arrays import check_groups
@@ -98,7 +99,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         noise, and stay closer to it. Needed below 1 for an unconditional model.
     replace_real : bool, default=False
         Give generated samples only, the all-synthetic set. `sampling_strategy` then names the
-        numbers of generated samples.
+        numbers of generated samples; a class that it does not name gets as many as it has.
     min_confidence : float in [0, 1] or None, default=0.5
         Least share of real neighbours that must have the wanted label, under the embedding of the
         model's own encoder (without one in its compact space). The sources themselves have no vote.
@@ -215,6 +216,8 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         },
     }
     _extra_state = ("_sampling_seed", "_report")
+    # `fit` ignores them: a pipeline has to be told of `fit_resample` only.
+    __metadata_request__fit = {"groups": UNUSED}  # noqa: RUF012
 
     def __init__(
         self,
@@ -421,10 +424,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
                 "Multilabel and multioutput targets have no classes to balance: take "
                 "sampling_strategy=None, and ratio for the number of samples."
             )
-        wanted = count_wanted(self.sampling_strategy, targets)
-        if self.replace_real:
-            wanted = {name: targets.sizes()[name] + number for name, number in wanted.items()}
-        return wanted
+        return count_wanted(self.sampling_strategy, targets, replace_real=self.replace_real)
 
     def _resample(self, X, y, groups, depth):
         import pandas as pd

@@ -16,6 +16,7 @@ whatever the size. Both networks learn in the same step of the one training loop
 terms: D is frozen in the first line, and sees reconstructions without their gradient in its own.
 """
 
+import copy
 import inspect
 import math
 import warnings
@@ -761,7 +762,8 @@ def _features(estimator, device):
                 "timm.create_model(..., features_only=True) with weights of your own."
             )
         perceptual = _TimmFeatures(perceptual)
-    return perceptual.to(device).eval().requires_grad_(False)
+    # A copy: the caller's own may be trained elsewhere.
+    return copy.deepcopy(perceptual).to(device).eval().requires_grad_(False)
 
 
 class _TimmFeatures(nn.Module):

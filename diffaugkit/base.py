@@ -22,6 +22,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, Options, StrOptions
 from torch import nn
 
+from diffaugkit.data import unchanged_on_failure
 from diffaugkit.persistence import save
 from diffaugkit.runtime import mix_seed, resolve_device
 from diffaugkit.training import fit_loop
@@ -46,13 +47,8 @@ def all_or_nothing(fit):
     @functools.wraps(fit)
     def run(self, *args, **kwargs):
         _check_outlets(self)
-        before = dict(vars(self))
-        try:
+        with unchanged_on_failure(self):
             return fit(self, *args, **kwargs)
-        except BaseException:
-            vars(self).clear()
-            vars(self).update(before)
-            raise
 
     return run
 

@@ -1,5 +1,6 @@
 """The one gate for input: whatever ``X`` was, after :func:`check_X` there are only ``Rows``."""
 
+import contextlib
 import copy
 import math
 import os
@@ -15,10 +16,22 @@ from diffaugkit.image_inputs import is_a, reading_range, rows_of_images
 from diffaugkit.image_rows import ImageRows, resolve_image_shape
 from diffaugkit.rows import BackedRows, DenseRows, Rows, SparseRows
 
-__all__ = ["check_X", "looks_like_counts", "sample_range"]
+__all__ = ["check_X", "looks_like_counts", "sample_range", "unchanged_on_failure"]
 
 # What an estimator that takes images keeps of those that it was fitted on.
 _OF_IMAGES = ("image_shape_", "_pixel_range", "_layout")
+
+
+@contextlib.contextmanager
+def unchanged_on_failure(estimator):
+    """Give the estimator its attributes back if the block fails or is interrupted."""
+    before = dict(vars(estimator))
+    try:
+        yield
+    except BaseException:
+        vars(estimator).clear()
+        vars(estimator).update(before)
+        raise
 
 
 def check_X(
@@ -105,14 +118,12 @@ def check_X(
     >>> rows.shape, rows[[2, 0]].tolist()
     ((3, 2), [[4.0, 5.0], [0.0, 1.0]])
     """
-    learned = ("n_features_in_", "feature_names_in_", *_OF_IMAGES)
-    before = {name: vars(estimator)[name] for name in learned if name in vars(estimator)}
     limits = {
         "ensure_min_samples": ensure_min_samples,
         "ensure_min_features": ensure_min_features,
         "ensure_non_negative": ensure_non_negative,
     }
-    try:
+    with unchanged_on_failure(estimator):  # what an earlier fit learned
         if not images:
             _refuse_images(estimator, X)
         else:
@@ -135,12 +146,6 @@ def check_X(
                 "expects normalised values. Put a CellPreprocessor in front: "
                 f"make_pipeline(CellPreprocessor(), {name}())."
             )
-    except BaseException:
-        # A failed fit must leave what an earlier one learned.
-        for name in learned:
-            vars(estimator).pop(name, None)
-        vars(estimator).update(before)
-        raise
     return rows
 
 
@@ -345,15 +350,21 @@ def _check_anndata(estimator, adata, reset, layer, limits):
             if np.array_equal(columns, np.arange(parent.n_vars)):
                 columns = None
         rows = BackedRows(matrix, index, columns, names)
-        _check_backed(estimator, rows, limits)
+        _check_in_blocks(estimator, rows, limits)
         return rows
     matrix = adata.X if layer is None else adata.layers[layer]
-    matrix = matrix if sp.issparse(matrix) else np.asarray(matrix)
-    matrix = _checked(check_array, matrix, limits, estimator=estimator, input_name="X")
-    if sp.issparse(matrix):
+    # Surplus genes are not looked at: they may hold anything.
+    if not sp.issparse(matrix):
+        matrix = np.asarray(matrix)
+        matrix = matrix if columns is None else matrix[:, columns]
+        columns = None
+    if columns is not None:
         rows = SparseRows(matrix, columns, names)
+        _check_in_blocks(estimator, rows, limits)
     else:
-        rows = DenseRows(matrix if columns is None else matrix[:, columns], names)
+        matrix = _checked(check_array, matrix, limits, estimator=estimator, input_name="X")
+        kind = SparseRows if sp.issparse(matrix) else DenseRows
+        rows = kind(matrix, feature_names=names)
     rows.origin = "anndata"
     return rows
 
@@ -386,14 +397,14 @@ def _align_genes(estimator, adata, reset):
     return np.array([first[name] for name in wanted], dtype=np.int64), wanted
 
 
-def _check_backed(estimator, rows, limits):
-    """Read a matrix on disk once, in blocks, before any work is spent on it."""
+def _check_in_blocks(estimator, rows, limits):
+    """Read a matrix as it is stored once, in blocks, before any work is spent on it."""
     small = {key: value for key, value in limits.items() if key != "ensure_non_negative"}
     _check_limits(estimator, rows, **small)
     name = type(estimator).__name__
     dtype = rows.stored_dtype
     if np.issubdtype(dtype, np.complexfloating) or dtype.kind not in "biuf":
-        raise ValueError(f"The matrix on disk has dtype {dtype}; real numbers are needed.")
+        raise ValueError(f"The matrix has dtype {dtype}; real numbers are needed.")
     signed = limits["ensure_non_negative"] and dtype.kind in "if"
     if dtype.kind != "f" and not signed:
         return

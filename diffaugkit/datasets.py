@@ -106,7 +106,7 @@ def load_tissue_tiles(tile_size=32, stride=None, *, return_stain=False):
     ImportError
         Without scikit-image.
     ValueError
-        If a tile is larger than the picture.
+        If a tile is larger than the picture, or `stride` is below 1.
 
     Examples
     --------
@@ -120,13 +120,16 @@ def load_tissue_tiles(tile_size=32, stride=None, *, return_stain=False):
     picture = immunohistochemistry()
     if not 1 <= tile_size <= min(picture.shape[:2]):
         raise ValueError(f"tile_size={tile_size} must be in 1 to {min(picture.shape[:2])}.")
+    stride = tile_size if stride is None else stride
+    if stride < 1:
+        raise ValueError(f"stride={stride} must be at least 1, or None.")
 
     def tiles(array):
         windows = np.lib.stride_tricks.sliding_window_view(array, (tile_size, tile_size), (0, 1))
-        return windows[:: stride or tile_size, :: stride or tile_size]
+        return windows[::stride, ::stride]
 
     cut = tiles(picture)  # (rows, columns, 3, tile, tile)
-    places = np.indices(cut.shape[:2]).reshape(2, -1).T * (stride or tile_size)
+    places = np.indices(cut.shape[:2]).reshape(2, -1).T * stride
     X = np.ascontiguousarray(np.moveaxis(cut, 2, -1)).reshape(-1, tile_size, tile_size, 3)
     if not return_stain:
         return X, places

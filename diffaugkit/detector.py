@@ -77,8 +77,8 @@ class DiffusionDetector(PretrainedUNet):
         class.
     validation_fraction : float, default=0.1
         Share of the images, or of the `groups`, by whose average precision, mean over IoU 0.5 to
-        0.95, the best epoch is chosen. Where it amounts to less than half of one, or is 0, the last
-        epoch is kept and nothing held out.
+        0.95, the best epoch is chosen. Where it amounts to half of one at most, the last epoch is
+        kept and nothing held out.
     overlap : float, default=0.25
         Prediction: share of a tile that the next one covers again. Objects are seen whole in some
         tile if they are smaller than that share.

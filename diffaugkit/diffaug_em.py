@@ -26,6 +26,7 @@ from sklearn.utils import column_or_1d
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch import nn
 
+from diffaugkit.arrays import refuse_missing
 from diffaugkit.base import (
     HasMethods,
     Interval,
@@ -61,9 +62,9 @@ class DiffAugEM(TorchTransformer):
         An :class:`~diffaugkit.EmbeddingConditionedDiffusion` to be cloned and fitted.
     schedule : "auto" or tuple of int, default="auto"
         Epochs of the phases E, M, E, M, E, ...: an odd number of phases. "auto" is the paper's
-        (330, 330, 340), for images (200, 400, 800), or fewer where 1 000 batches a phase come
-        sooner (for vectors from about 900 samples on), but at least 10. An M-step of 0 epochs is
-        left out: (330, 0, 340) is the encoder alone.
+        (330, 330, 340), for images (200, 400, 800), or fewer where 1 000 full batches a phase come
+        sooner (for vectors from 1 200 samples on), but at least 10. An M-step of 0 epochs is left
+        out: (330, 0, 340) is the encoder alone.
     augmentation_prob : float, default=0.1
         lambda of the paper: share of second views that are generated.
     n_views : int, default=4
@@ -338,6 +339,7 @@ class DiffAugEM(TorchTransformer):
     def _part(self, part, default, seed, number):
         """Make or clone a part and hand it the common parameters."""
         if isinstance(part, FrozenEstimator):
+            check_is_fitted(part.estimator)
             return part
         if part == "auto":
             names = ("batch_size", "learning_rate", "layer", "image_shape")
@@ -407,7 +409,7 @@ class DiffAugEM(TorchTransformer):
     def _condition(self, encoder, rows, labels, seed):
         """Give what the generator sees of each row, (n, E)."""
         if self.condition == "embedding":
-            return encoder.transform(rows)
+            return np.asarray(encoder.transform(rows))  # set_output may make a DataFrame of it
         if self.condition == "projection":
             return encoder.project(rows)
         if self.condition == "supervised":
@@ -474,6 +476,7 @@ class DiffAugEM(TorchTransformer):
             return None
         if y is None:
             raise ValueError("condition='supervised' needs labels: fit(X, y).")
+        refuse_missing(y, "y")
         y = column_or_1d(y)
         check_consistent_length(y, np.empty(n))
         return np.unique(y, return_inverse=True)

@@ -543,7 +543,8 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
                 "This model has no encoder of its own: it was fitted on given embeddings or with "
                 "encoder=None. Embed X yourself and call sample(embeddings)."
             )
-        return self.encoder_.transform(_as_given(self.encoder_, rows))
+        # set_output may make a DataFrame of it.
+        return np.asarray(self.encoder_.transform(_as_given(self.encoder_, rows)))
 
     def _size(self, name, is_image):
         value = getattr(self, name)
@@ -794,7 +795,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
 
     @property
     def _n_features_out(self):
-        return self.encoder_._n_features_out
+        return self._pool.shape[-1]  # any encoder's; a model without has none
 
 
 class _Fit:
@@ -985,7 +986,10 @@ def interpolate_rows(a, b, alpha, kind="slerp"):
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
         raise ValueError(f"The two ends differ in shape: {a.shape} and {b.shape}.")
-    alpha = np.broadcast_to(np.asarray(alpha, dtype=a.dtype), (len(a),))[:, None]
+    alpha = np.asarray(alpha, dtype=a.dtype)
+    if alpha.shape not in ((), (len(a),)):
+        raise ValueError(f"alpha must be one number or {len(a)} of them, got shape {alpha.shape}.")
+    alpha = np.broadcast_to(alpha, (len(a),))[:, None]
     if not (alpha.min() >= 0 and alpha.max() <= 1):
         raise ValueError("alpha must be in [0, 1].")
     if kind == "lerp":

@@ -125,10 +125,10 @@ class SelfSupervisedEncoder(TorchTransformer):
         may be -1. Not needed for images that come as such.
     augmentation : {"auto", "natural", "greyscale", "tissue"}, dict or callable, default="auto"
         Recipe of the views, see :func:`~diffaugkit.augmentations.image_recipe`: "auto" is
-        "greyscale" for one channel and "natural" for others. ``"tissue"`` leaves the stain of H&E
-        alone. A dict changes values, as ``{"recipe": "natural", "flip": 0.0}``; a callable maps a
-        batch (B, C, H, W) in [-1, 1] to a view of it, drawing from torch's generators; an encoder
-        with one can be pickled, but not saved.
+        "greyscale" for one channel and "natural" for others. ``"tissue"`` changes the stain of H&E
+        by little: no hue, no grey. A dict changes values, as ``{"recipe": "natural", "flip":
+        0.0}``; a callable maps a batch (B, C, H, W) in [-1, 1] to a view of it, drawing from
+        torch's generators; an encoder with one can be pickled, but not saved.
     n_local_crops : int or "auto", default="auto"
         Small crops beside the two global ones, of DINO on images. "auto" is the paper's 8, or 0
         where they would not be smaller than the image (below 16 pixels) or the augmentation is a
@@ -641,6 +641,10 @@ class SelfSupervisedEncoder(TorchTransformer):
                     f"weight_decay={self.weight_decay!r} must be a number of at least 0, or two of "
                     "them: the first and the last value."
                 )
+        if not all(isinstance(size, Integral) and size >= 1 for size in self.hidden_sizes):
+            raise ValueError(
+                f"hidden_sizes={self.hidden_sizes!r} must hold integers of at least 1."
+            )
         if self._option("mix") not in ("logits", "features"):
             raise ValueError(
                 f"method_options: mix={self._option('mix')!r} must be 'logits' or 'features'."

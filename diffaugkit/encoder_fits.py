@@ -10,7 +10,6 @@ import warnings
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator
 
 from diffaugkit.arrays import check_groups
 from diffaugkit.augmentations import (
@@ -63,7 +62,7 @@ class VectorFit:
         memo = rows._memo.get("neighbors")
         if memo is None or memo[0] != key:
             memo = rows._memo["neighbors"] = (key, nearest_neighbors(inputs, k))
-        views = _positive_views(positives, rows, self.space)
+        views = _positive_views(positives, rows, self.space, encoder)
         self.inputs = inputs.tensor.to(device) if inputs.resident else inputs
         self.batches = make_batches(
             inputs,
@@ -415,11 +414,16 @@ def project_rows(rows, mean, components, scale):
     return MappedRows(scores, lambda batch: batch / scale, len(components))
 
 
-def _positive_views(positives, rows, space):
+def _positive_views(positives, rows, space, encoder):
     views = []
     for number, view in enumerate(() if positives is None else positives):
+        # Columns go by name where both have names; what a generator returns has none.
+        of_rows = type(encoder)()
+        of_rows.feature_names_in_ = rows.feature_names
+        named = hasattr(view, "var_names") or hasattr(view, "columns")
+        plain = rows.feature_names is None or not named
         try:
-            view = check_X(BaseEstimator(), view, reset=True)
+            view = check_X(of_rows, view, reset=plain, layer=encoder.layer)
         except (TypeError, ValueError) as error:
             raise type(error)(f"positives[{number}]: {error}") from error
         if view.shape != rows.shape:

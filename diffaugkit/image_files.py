@@ -289,8 +289,8 @@ class ShardRows(_DecodedRows):
     ----------
     shards : str, path-like or sequence of them
         A pattern as ``"train-{0000..0015}.tar"``, one archive or several, not compressed. Members
-        with one name before the first dot are one sample: it must have exactly one image; the
-        other members (labels) are left out.
+        with one name before the first dot are one sample. Two images in it are refused; members
+        that are no images (labels) are left out, and so are samples without an image.
 
     Attributes
     ----------

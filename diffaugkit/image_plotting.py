@@ -152,7 +152,12 @@ class SampleGridDisplay:
         if self.source is not None:
             reference = channel_last(self.source, self.image_shape)
         value_range = self.pixel_range or guess_range(reference)
-        tiles = _rgb(generated, value_range)
+
+        def beside(images):
+            own = self.pixel_range or _range_beside(images, reference, value_range)
+            return _rgb(images, own)
+
+        tiles = beside(generated)
         blocks, names = [], []
         if self.source is None:
             n_rows, n_per_row = -(-len(tiles) // n_columns), min(n_columns, len(tiles))
@@ -171,7 +176,7 @@ class SampleGridDisplay:
         blocks.append(tiles.reshape(n_rows, n_per_row, *tiles.shape[1:]))
         names += ["generated"]
         if self.nearest is not None:
-            nearest = _rgb(channel_last(self.nearest, self.image_shape), value_range)
+            nearest = beside(channel_last(self.nearest, self.image_shape))
             blocks.append(nearest[:, None])
             names += ["nearest real"]
         # One block needs no name; of several columns the heading stands over the middle.
@@ -310,7 +315,10 @@ class InterpolationDisplay:
         ranges = [self.pixel_range or guess_range(X) for X in ends]
         value_range = min(r[0] for r in ranges), max(r[1] for r in ranges)
         a, b = (_rgb(X, value_range)[:, None] for X in ends)
-        between = [_rgb(channel_last(X, self.image_shape), value_range) for X in self.generated]
+        between = [channel_last(X, self.image_shape) for X in self.generated]
+        between = [
+            _rgb(X, self.pixel_range or _range_beside(X, ends[0], value_range)) for X in between
+        ]
         if {len(part) for part in between} | {len(b)} != {len(a)}:
             raise ValueError("X_a, X_b and each set of generated images must be as many.")
         names = ["real a", [f"{alpha:.3g}" for alpha in self.alphas], "real b"]
@@ -494,6 +502,18 @@ def _nearest_images(generated, real, n_rows, extractor, image_shape):
     distance, index = distance.reshape(n_rows, -1), index.reshape(n_rows, -1)
     rows = index[np.arange(n_rows), distance.argmin(axis=1)]
     return channel_last(real, image_shape)[rows]
+
+
+def _range_beside(images, reference, known):
+    """Black and white of images beside a reference, of which they are known.
+
+    Estimators read bytes and floats in [0, 1] alike, and generate what they were fitted on.
+    """
+    is_bytes = images.dtype == np.uint8
+    if is_bytes == (reference.dtype == np.uint8):
+        return known
+    own = guess_range(images)
+    return own if is_bytes or own in ((0.0, 1.0), (-1.0, 1.0)) else known
 
 
 def _rgb(images, value_range):

@@ -69,7 +69,7 @@ class ImageRows(Rows):
         if layout not in _LAYOUTS:
             raise ValueError(f"layout={layout!r} must be one of {', '.join(_LAYOUTS)}.")
         array = _permuted(array, layout, image_shape)
-        kind = array.dtype
+        kind = array.dtype.newbyteorder("=")  # files of other machines have words turned round
         if kind != np.uint8:
             array = _float32(array)
         if any(stride < 0 for stride in array.strides):

@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import nn
 from torch.nn import functional as F
 
-from diffaugkit.arrays import check_groups, refuse_missing, some
+from diffaugkit.arrays import check_groups, refuse_missing, some, to_numpy
 from diffaugkit.base import Interval, StrOptions, TorchEstimator, _fit_context, all_or_nothing
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
@@ -332,12 +332,13 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         if _is_list_of_bags(X):
             if groups is not None:
                 raise ValueError("groups name the bag of each row of a table, but X is a list.")
-            parts = [np.asarray(bag) for bag in X]
+            parts = [np.asarray(to_numpy(bag)) for bag in X]
             for number, part in enumerate(parts):
                 if part.ndim != 2 or not len(part) or part.shape[1] != parts[0].shape[1]:
+                    width = parts[0].shape[1] if parts[0].ndim == 2 else "d"
                     raise ValueError(
                         f"The bag in row {number} of X has shape {part.shape}, expected (n, "
-                        f"{parts[0].shape[-1]}) with n of at least 1."
+                        f"{width}) with n of at least 1, a dense table."
                     )
             rows = check_X(self, np.concatenate(parts), reset=reset)
             stops = np.cumsum([len(part) for part in parts])
@@ -499,7 +500,10 @@ def _is_list_of_bags(X):
     if len(getattr(X, "shape", ())) == 3:
         return True
     is_list = isinstance(X, list | tuple) or len(getattr(X, "shape", ())) == 1
-    first = X[0] if is_list and len(X) else None
+    # By position: a Series that was split may have no row 0 any more.
+    first = next(iter(X), None) if is_list else None
+    if isinstance(first, list | tuple):
+        return len(first) > 0 and np.ndim(first[0]) == 1
     return len(getattr(first, "shape", ())) == 2
 
 

@@ -289,7 +289,9 @@ def image_features(backbone, x, features="auto", n_last=4):
         if not hasattr(backbone, "forward_features"):
             return image_features(backbone, x)
         maps = backbone.forward_features(x)
-        return maps.mean((2, 3)) if maps.ndim == 4 else image_features(backbone, x)
+        # Swin and a few others of timm have the channels last.
+        sides = (1, 2) if getattr(backbone, "output_fmt", None) == "NHWC" else (2, 3)
+        return maps.mean(sides) if maps.ndim == 4 else image_features(backbone, x)
     if not (vit and backbone.has_class_token):
         raise ValueError(
             f"features={features!r} needs a vision transformer with a CLS token, but backbone is a "
@@ -311,13 +313,15 @@ def image_features(backbone, x, features="auto", n_last=4):
 
 
 def feature_width(backbone, shape, features="auto", n_last=4):
-    """Width of the features of a backbone for images of a shape (h, w, c)."""
-    width = getattr(backbone, "num_features", None)
-    if width is not None and features != "last_n":
-        return int(width)
+    """Width of the features of a backbone for images of a shape (h, w, c).
+
+    Found by a look at one image: `num_features` of timm is the width of the last maps, which is not
+    that of the output where a model has layers behind the pooling (MobileNetV3) or a classifier.
+    """
     training = backbone.training
     h, w, c = shape
-    x = torch.zeros(1, c, h, w)
+    device = next((weight.device for weight in backbone.parameters()), None)
+    x = torch.zeros(1, c, h, w, device=device)
     try:
         with torch.no_grad():
             return image_features(backbone.eval(), x, features, n_last).shape[1]

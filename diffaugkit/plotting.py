@@ -610,6 +610,10 @@ def _positions(X, name):
 def _label_values(labels, n, name):
     if labels is None:
         return None
+    if isinstance(labels, list | tuple):
+        import pandas as pd
+
+        labels = pd.Series(labels)  # NumPy makes the string "nan" of a NaN among strings
     labels = np.asarray(labels)
     if labels.shape != (n,):
         raise ValueError(f"{name} must have shape ({n},) as its positions, got {labels.shape}.")

@@ -11,7 +11,7 @@ from sklearn.utils import check_array
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from diffaugkit.data import check_X, sample_range
+from diffaugkit.data import check_X, sample_range, unchanged_on_failure
 from diffaugkit.rows import MappedRows
 
 __all__ = ["CellPreprocessor"]
@@ -175,7 +175,9 @@ def _top_genes(scores, n_top_genes, *, ties):
         return np.arange(len(scores))  # nothing varies: nothing to choose by
     n_top_genes = min(n_top_genes, len(known))
     if ties:
-        return known[scores[known] >= np.sort(scores[known])[-n_top_genes]]
+        last = np.sort(scores[known])[-n_top_genes]
+        # Up to rounding, which differs between dense and sparse input.
+        return known[scores[known] >= last - 1e-9 * abs(last)]
     return np.sort(known[np.argsort(-scores[known], kind="stable")[:n_top_genes]])
 
 
@@ -215,8 +217,8 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         sets.
     n_top_genes : int >= 1 or None, default=2000
         Number of highly variable genes, of each block for "both"; None keeps all genes. With flavor
-        "seurat" genes without variance are never chosen, and genes that tie with the last one are
-        all kept.
+        "seurat" genes without variance are never chosen (unless no gene has any: then all are), and
+        genes that tie with the last one are all kept.
     flavor : {"seurat", "pearson_residuals"} or None, default=None
         How variable genes are found; None takes the one that belongs to the matrix, or to each
         block of "both".
@@ -354,7 +356,12 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             repeated gene names or columns that hold no numbers.
         """
         self._validate_params()
-        rows = self._rows(X, reset=True, ensure_min_samples=2)
+        with unchanged_on_failure(self):
+            self._learn(self._rows(X, reset=True, ensure_min_samples=2))
+        return self
+
+    def _learn(self, rows):
+        """Choose genes and compute all statistics."""
         both = self.normalization == "both"
         matrices = tuple(_FLAVORS) if both else (self.normalization,)
         has_log, has_residuals = (matrix in matrices for matrix in _FLAVORS)
@@ -441,7 +448,6 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.clip_ = clip if has_residuals else None
         self.median_total_counts_ = median
         self.residual_mean_, self.residual_factor_ = residual_mean, factor
-        return self
 
     def transform(self, X):
         """Normalise cells by what was learned.

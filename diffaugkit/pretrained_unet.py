@@ -21,6 +21,7 @@ from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.denoisers import UNetDenoiser, unet_size
 from diffaugkit.diffusion import WEIGHTINGS, Diffusion
+from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion
 from diffaugkit.encoder_fits import auto_epochs
 from diffaugkit.image_files import list_images
 from diffaugkit.image_inputs import reading_range
@@ -140,21 +141,29 @@ class PretrainedUNet(TorchEstimator):
 
     def _fit_diffusion(self, patches, seed):
         diffusion = clone(self.diffusion)
-        if not isinstance(diffusion, FrozenEstimator):
+        frozen = isinstance(diffusion, FrozenEstimator)
+        model = diffusion.estimator if frozen else diffusion
+        if frozen:
+            check_is_fitted(model)
+        # Before any training.
+        if (
+            not isinstance(model, EmbeddingConditionedDiffusion)
+            or model.autoencoder is not None
+            or (frozen and model.image_shape_ is None)
+        ):
+            raise TypeError(
+                f"diffusion={type(model).__name__} has no U-Net of pixels, from which "
+                f"{type(self).__name__} starts, but is for vectors, latents or something else: "
+                "give EmbeddingConditionedDiffusion(encoder=None, autoencoder=None)."
+            )
+        if not frozen:
             own = diffusion.checkpoint_dir
             if diffusion.random_state is None:
                 diffusion.set_params(random_state=self._child_seed(seed, 0))
             if own is None:
                 diffusion.set_params(checkpoint_dir=self._folder("diffusion"))
             diffusion.fit(patches).set_params(checkpoint_dir=own)
-        check_is_fitted(diffusion)
-        shape = diffusion.image_shape_
-        if shape is None or getattr(diffusion, "autoencoder_", None) is not None:
-            raise TypeError(
-                f"diffusion was fitted on vectors or latents: {type(self).__name__} starts from "
-                "the U-Net of pixels, EmbeddingConditionedDiffusion(encoder=None, "
-                "autoencoder=None)."
-            )
+        shape = model.image_shape_
         if shape[2] != patches.shape[1]:
             raise ValueError(
                 f"diffusion was fitted on images of {shape[2]} channels, but X has "

@@ -198,7 +198,7 @@ def read_targets(y):
     return Targets(codes[:, None] == np.arange(len(classes)), codes, classes.tolist())
 
 
-def count_wanted(sampling_strategy, targets):
+def count_wanted(sampling_strategy, targets, *, replace_real=False):
     """Count the samples to add to each class, by the rules of imbalanced-learn's over-sampling.
 
     Parameters
@@ -207,6 +207,8 @@ def count_wanted(sampling_strategy, targets):
         As of :class:`~diffaugkit.GenerativeAugmenter`; a callable gets the class of each sample.
     targets : Targets
         Classes.
+    replace_real : bool, default=False
+        Whether the real samples go, so that the wanted sizes are those of the generated ones.
 
     Returns
     -------
@@ -262,13 +264,14 @@ def count_wanted(sampling_strategy, targets):
     unknown = [name for name in aims if name not in present]
     if unknown:
         raise ValueError(f"sampling_strategy names classes that are not in y: {unknown}.")
-    fewer = {name: aim for name, aim in aims.items() if aim < present[name]}
+    kept = dict.fromkeys(sizes, 0) if replace_real else sizes
+    fewer = {name: aim for name, aim in aims.items() if aim < kept[name]}
     if fewer:
         raise ValueError(
             f"sampling_strategy wants fewer samples than there are: {fewer}, present "
-            f"{ {name: present[name] for name in fewer} }. An over-sampler only adds."
+            f"{ {name: kept[name] for name in fewer} }. An over-sampler only adds."
         )
-    return {name: int(aims.get(name, size) - size) for name, size in sizes.items()}
+    return {name: int(aims.get(name, size) - kept[name]) for name, size in sizes.items()}
 
 
 class SharedLabelPairs:
@@ -483,6 +486,8 @@ def _append_cells(X, made, kept, indices, generator):
     """Cells with the observations of their sources; what is stale of them stays behind."""
     import anndata
 
+    if X.isbacked:
+        X = X.to_memory()
     names = getattr(generator, "feature_names_in_", None)
     if names is not None and not np.array_equal(names, X.var_names):
         X = X[:, names]
@@ -494,8 +499,10 @@ def _append_cells(X, made, kept, indices, generator):
     else:
         values = np.concatenate([real, _as_dtype(made, real.dtype)])
     obs = X.obs.iloc[indices].copy()
-    obs["generated"] = np.arange(len(indices)) >= len(kept)
-    new = [f"generated-{i}-{X.obs_names[row]}" for i, row in enumerate(indices[len(kept) :])]
+    # What an earlier call generated stays marked, and by its row has a name of its own.
+    earlier = np.asarray(obs["generated"], bool) if "generated" in obs else False
+    obs["generated"] = (np.arange(len(indices)) >= len(kept)) | earlier
+    new = [f"generated-{i}-{X.obs_names[indices[i]]}" for i in range(len(kept), len(indices))]
     obs.index = [*X.obs_names[kept], *new]
     layers = {} if layer is None else {layer: values}
     return anndata.AnnData(values, obs=obs, var=X.var.copy(), layers=layers)

@@ -140,6 +140,8 @@ class Rows(ABC):
         """Read rows as a tensor (B, ...) that belongs to the reader; one int gives one row."""
         import torch
 
+        if isinstance(index, tuple) and index[1:] == (Ellipsis,):
+            index = index[0]  # what splitters of scikit-learn ask for
         if isinstance(index, int | np.integer):
             return self[[int(index)]][0]
         block = self.block(index)
@@ -148,6 +150,10 @@ class Rows(ABC):
         if isinstance(index, slice):
             block = block.copy()  # a slice of an array in memory is a view of the caller's data
         return torch.from_numpy(np.ascontiguousarray(block))
+
+    def __iter__(self):
+        """Yield the rows one by one; without it pandas takes Rows for no data at all."""
+        return (self[i] for i in range(len(self)))
 
     def __array__(self, dtype=None, copy=None):
         """Make all rows dense at once, for callers who ask for just that."""
@@ -233,6 +239,7 @@ class SparseRows(Rows):
         # A wrapper of our own around the caller's arrays: SciPy caches flags on the object.
         self._csr = sp.csr_array(matrix)
         self._columns = columns
+        self.stored_dtype = self._csr.dtype
 
     def _read(self, index):
         return _tidy(self._csr[index], self._columns)

@@ -72,6 +72,11 @@ class ImageList:
         return self._parts[0].shape[1]
 
     @property
+    def dtype(self):
+        """Bytes where all images are of bytes, else float32."""
+        return np.result_type(*{part.dtype for part in self._parts})
+
+    @property
     def layout(self):
         """How the images lie; see `Rows`."""
         return self._parts[0].layout
@@ -245,8 +250,7 @@ class PatchRows(Rows):
             self.dtype, self.pixel_range = np.dtype(np.uint8), BYTES
         else:
             self.layout, self.pixel_range = images.layout, images.common_range()
-            if self.pixel_range == BYTES:
-                self.dtype = np.dtype(np.uint8)
+            self.dtype = images.dtype
 
     def _read(self, index):
         out = np.empty((*self.places[index].shape[:1], *self.shape[1:]), self.dtype)

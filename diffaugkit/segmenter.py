@@ -77,7 +77,7 @@ class DiffusionSegmenter(PretrainedUNet):
         Label of pixels that count nowhere.
     validation_fraction : float, default=0.1
         Share of the images, or of the `groups`, by whose Dice the best epoch is chosen. Where it
-        amounts to less than half of one, or is 0, the last epoch is kept and nothing held out.
+        amounts to half of one at most, the last epoch is kept and nothing held out.
     overlap : float, default=0.25
         Prediction: share of a tile that the next one covers again. Below 0.5 the middle of a tile
         is its own prediction.
@@ -337,7 +337,7 @@ class DiffusionSegmenter(PretrainedUNet):
         Notes
         -----
         Memory beside images and labels is that of one strip of tiles. The labels have the type of
-        the masks: masks of bytes give bytes.
+        ``classes_``: without `classes` that of the masks, so that masks of bytes give bytes.
         """
         check_is_fitted(self, "module_")
         images = self._read(X, reset=False)

@@ -69,7 +69,8 @@ class TissueTiles(_DecodedRows):
     ----------
     table : DataFrame
         A row for each tile: slide, row and column of its upper left corner, height and width, all
-        four in pixels of level 0; the level it is read from, and its share of tissue.
+        four in pixels of level 0; the level it is read from, and its share of tissue, NaN without a
+        `tissue_threshold`.
     groups : ndarray of shape (n_tiles,)
         Name of the slide of each tile: ``groups=`` of cross-validation and of
         :class:`~diffaugkit.mil.AttentionMILClassifier`.

@@ -282,7 +282,7 @@ def fit_loop(
         "patience": patience,
         "min_delta": min_delta,
     }
-    _check_settings(settings)
+    _check_settings({**settings, "checkpoint_every": checkpoint_every})
     callbacks = [callbacks] if callable(callbacks) else list(callbacks or ())
 
     with isolated_rng(seed, device), tf32(device), contextlib.ExitStack() as stack:
@@ -403,7 +403,8 @@ def fit_loop(
 
 
 def _check_settings(settings):
-    for name, low in (("max_epochs", 1), ("accumulate", 1), ("learning_rate", 0), ("warmup", 0)):
+    counts = [("max_epochs", 1), ("accumulate", 1), ("checkpoint_every", 1)]
+    for name, low in [*counts, ("learning_rate", 0), ("warmup", 0)]:
         if not settings[name] >= low:
             raise ValueError(f"{name}={settings[name]!r} must be at least {low}.")
     if settings["schedule"] not in ("cosine", "constant"):

@@ -360,6 +360,9 @@ class ZeroShotSegmenter(TorchEstimator):
 
     def _make_diffusion(self, rows):
         diffusion = self.diffusion
+        model = getattr(diffusion, "estimator", diffusion)
+        if model != "auto" and not isinstance(model, EmbeddingConditionedDiffusion):
+            raise self._no_unet(model)
         if isinstance(diffusion, FrozenEstimator):
             check_is_fitted(diffusion.estimator)  # the message names what has to be fitted
             self._check_model(diffusion)
@@ -414,16 +417,20 @@ class ZeroShotSegmenter(TorchEstimator):
     def _check_model(self, diffusion):
         model = getattr(diffusion, "estimator", diffusion)
         if not isinstance(getattr(model, "module_", None), UNetDenoiser):
-            raise TypeError(
-                f"{type(model).__name__} has no U-Net, whose self-attention is needed: give an "
-                "EmbeddingConditionedDiffusion of images."
-            )
+            raise self._no_unet(model)
         if tuple(model.image_shape_) != self.image_shape_:
             raise ValueError(
                 f"X holds images (h, w, c) = {self.image_shape_}, but the diffusion was fitted on "
                 f"{tuple(model.image_shape_)}. Resize or convert them."
             )
         self._check_timestep(model)
+
+    @staticmethod
+    def _no_unet(model):
+        return TypeError(
+            f"{type(model).__name__} has no U-Net, whose self-attention is needed: give an "
+            "EmbeddingConditionedDiffusion of images."
+        )
 
     def _check_timestep(self, model):
         if self.timestep != "auto" and self.timestep >= model.n_timesteps:

@@ -191,6 +191,22 @@ def test_flips_and_turns_are_exact():
         torch.testing.assert_close(turned[i], pictures(64)[i].rot90(k, (1, 2)), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(40, 40), (24, 64), (64, 24)])
+def test_turns_of_any_shape_are_without_shear(shape):
+    # Of the ramps x and y, in pixels, the slopes of a turned view are those of one angle.
+    h, w = shape
+    across, down = torch.arange(w) - w / 2, torch.arange(h) - h / 2
+    ramps = torch.stack([across.expand(h, w), down[:, None].expand(h, w)]) / 64
+    turned = view(ramps.expand(8, 2, h, w), degrees=30.0)
+    i, j = h // 2, w // 2
+    along_x = (turned[:, :, i, j + 8] - turned[:, :, i, j - 8]).numpy()  # (8, 2): of x and of y
+    along_y = (turned[:, :, i + 8, j] - turned[:, :, i - 8, j]).numpy()
+    angle_of_x = np.arctan2(-along_y[:, 0], along_x[:, 0])
+    angle_of_y = np.arctan2(along_x[:, 1], along_y[:, 1])
+    np.testing.assert_allclose(angle_of_x, angle_of_y, atol=0.02)
+    assert np.abs(angle_of_x).max() > 0.2
+
+
 def test_each_image_has_its_own_view_and_its_share_is_flipped():
     x = pictures(1).expand(400, -1, -1, -1)
     flipped = view(x, flip=0.3)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from sklearn import config_context
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
@@ -128,6 +129,7 @@ def test_ratio_and_sampling_strategy(data, frozen):
         (None, [40, 20, 8]),
         ("auto", [40, 40, 40]),
         ({"c": 10}, [40, 20, 10]),
+        ({"a": 5, "c": 3}, [5, 20, 3]),
     ):
         model = tiny(frozen, sampling_strategy=strategy, replace_real=True)
         X_new, y_new = model.fit_resample(X, y)
@@ -371,7 +373,7 @@ def test_containers_come_back_as_they_were(data, frozen):
     assert tiny(frozen).fit_resample(whole, y.tolist())[1] == labels.tolist()
 
 
-def test_cells(data):
+def test_cells(data, tmp_path):
     X, y = data
     cells = ad.AnnData(sp.csr_matrix(X), obs=pd.DataFrame({"type": y}, index=map(str, range(68))))
     cells.var_names = [f"g{i}" for i in range(20)]
@@ -385,10 +387,18 @@ def test_cells(data):
     np.testing.assert_array_equal(more.obs["type"], y_more)
     np.testing.assert_array_equal(more.var_names, cells.var_names)
     np.testing.assert_array_equal(more.X[:68].toarray(), X)
+    again, _ = tiny(ratio=0.5).fit_resample(more, y_more)
+    assert again.obs_names.is_unique
+    assert again.obs["generated"].tolist() == [False] * 68 + [True] * (len(again) - 68)
     # A frozen model finds its genes by name; the others are left out.
     diffusion = FrozenEstimator(tiny_diffusion().fit(cells[:, ::-2]))
     more, _ = tiny(diffusion).fit_resample(cells, y)
     assert more.var_names.tolist() == cells.var_names[::-2].tolist()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    for part in (backed, backed[np.arange(68)]):
+        of_disk, _ = tiny(diffusion).fit_resample(part, y)
+        np.testing.assert_allclose(of_disk.X.toarray(), more.X.toarray(), atol=1e-5)
     layered = ad.AnnData(np.zeros_like(X), layers={"scaled": X}, obs=cells.obs)
     more, _ = tiny(tiny_diffusion(layer="scaled")).fit_resample(layered, y)
     assert np.abs(more.layers["scaled"][68:]).min(axis=1).max() > 0
@@ -479,6 +489,12 @@ def test_only_training_folds_are_augmented(blobs):
     assert not hasattr(GenerativeAugmenter, "transform")
 
 
+def test_groups_are_routed_to_resampling_alone(frozen):
+    # A pipeline calls for a request of each method that could take them.
+    with config_context(enable_metadata_routing=True):
+        assert "groups" not in tiny(frozen).get_metadata_routing().fit.requests
+
+
 def test_a_frozen_model_stays_as_it_is(data, frozen):
     X, y = data
     before = {k: v.clone() for k, v in frozen.estimator.module_.state_dict().items()}
@@ -547,6 +563,7 @@ def test_what_is_refused(data, frozen):
         (tiny(frozen, sampling_strategy="auto"), (X, np.zeros(len(X))), "one class"),
         (tiny(frozen, sampling_strategy={"z": 9}), (X, y), "not in y"),
         (tiny(frozen, sampling_strategy={"a": 9}), (X, y), "only adds"),
+        (tiny(frozen, sampling_strategy={"a": -1}, replace_real=True), (X, y), "only adds"),
         (tiny(frozen, sampling_strategy=0.5), (X, y), "two classes"),
         (tiny(frozen, strategy="interpolation", alpha=(0.5, 2)), (X, y), "alpha"),
         (tiny(frozen), (X[:, :7], y), "features"),

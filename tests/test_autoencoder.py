@@ -238,6 +238,9 @@ def test_perceptual_features(colour):
         rtol=1e-5,
     )
     assert all(torch.equal(a, b) for a, b in zip(before, features.parameters(), strict=True))
+    # The network is the caller's, and may be trained elsewhere.
+    assert features.training
+    assert all(p.requires_grad for p in features.parameters())
     with pytest.raises(ValueError, match="download=True"):
         tiny(perceptual="resnet18.a1_in1k").fit(colour)
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.decomposition import PCA
+from sklearn.model_selection import train_test_split
 from sklearn.utils.estimator_checks import check_estimator
 
 from diffaugkit import decomposition
@@ -275,6 +276,31 @@ def test_genes_are_matched_by_name(order, extra, kind, tmp_path_factory):
     assert list(rows.feature_names) == list(NAMES)
 
 
+@pytest.mark.parametrize("kind", [np.asarray, sp.csr_matrix, sp.csc_matrix, "disk"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -3.0])
+def test_surplus_genes_may_hold_anything(kind, value, tmp_path):
+    truth = np.arange(18.0).reshape(9, 2)
+    estimator = PCA()
+    check_X(estimator, ad.AnnData(truth, var=pd.DataFrame(index=["a", "b"])), reset=True)
+    wide = np.c_[truth[:, 1], np.full(9, value), truth[:, 0]]
+
+    def wrapped(X):
+        X = sp.csr_matrix(X) if kind == "disk" else kind(X)
+        adata = ad.AnnData(X, var=pd.DataFrame(index=["b", "protein", "a"]))
+        if kind != "disk":
+            return adata
+        path = tmp_path / f"{X[0, 0]}.h5ad"
+        adata.write_h5ad(path)
+        return ad.read_h5ad(path, backed="r")
+
+    rows = check_X(estimator, wrapped(wide), reset=False, ensure_non_negative=True)
+    np.testing.assert_array_equal(np.asarray(rows), truth)
+    wide[4, 0] = value
+    wide[0, 0] += 1  # the name of another file
+    with pytest.raises(ValueError, match=r"NaN|infinity|Negative"):
+        check_X(estimator, wrapped(wide), reset=False, ensure_non_negative=True)
+
+
 def test_missing_and_repeated_genes(truth):
     estimator = PCA()
     check_X(estimator, _anndata(truth), reset=True)
@@ -401,6 +427,15 @@ def test_mapped_rows(truth):
     native = MappedRows(SparseRows(sp.csr_array(truth)), lambda block: block * 3, D, native=True)
     assert sp.issparse(native.block([1]))
     np.testing.assert_array_equal(np.asarray(native), truth * 3)
+
+
+def test_rows_are_split_and_become_frames(truth):
+    rows = MappedRows(SparseRows(sp.csr_array(truth)), lambda batch: batch * 2, D)
+    train, test = train_test_split(rows, random_state=0)
+    expected = train_test_split(2 * truth, random_state=0)
+    np.testing.assert_array_equal(train, expected[0])
+    np.testing.assert_array_equal(test, expected[1])
+    np.testing.assert_array_equal(pd.DataFrame(rows, columns=NAMES)[NAMES[2]], 2 * truth[:, 2])
 
 
 class _Spy:

@@ -67,6 +67,13 @@ def test_tissue_tiles_lie_where_they_say(size, stride, n):
         np.testing.assert_array_equal(tile, picture[row : row + size, column : column + size])
 
 
+@pytest.mark.parametrize("stride", [0, -32])
+def test_tiles_do_not_go_backwards(stride):
+    pytest.importorskip("skimage")
+    with pytest.raises(ValueError, match=f"stride={stride} must be at least 1"):
+        load_tissue_tiles(32, stride)
+
+
 def test_a_tile_larger_than_the_picture_is_refused():
     pytest.importorskip("skimage")
     with pytest.raises(ValueError, match="tile_size=513 must be in 1 to 512"):

@@ -6,9 +6,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -181,6 +183,8 @@ def test_conditions(blobs, condition, joint):
             model.fit(X)
         with pytest.raises(ValueError, match="inconsistent"):
             model.fit(X, names[1:])
+        with pytest.raises(ValueError, match=r"missing labels .* in rows 3:"):
+            model.fit(X, np.where(np.arange(len(X)) == 3, np.nan, labels))
     model.fit(X, names)
     width = {"embedding": 4, "projection": 2, "supervised": 3, "random": 4}[condition]
     assert len(model.diffusion_._condition["mean"]) == width
@@ -320,6 +324,15 @@ def test_frozen_diffusion_keeps_its_own_condition(blobs, tmp_path):
         tiny(diffusion=FrozenEstimator(other)).fit(X)
 
 
+@pytest.mark.parametrize("options", [{}, {"joint": True}])
+def test_frames_as_output_change_nothing(blobs, options):
+    expected = tiny(**options).fit(blobs[0]).augment(blobs[0])
+    with config_context(transform_output="pandas"):
+        model = tiny(**options).fit(blobs[0])
+        np.testing.assert_array_equal(model.augment(blobs[0]), expected)
+        assert list(model.transform(blobs[0]).columns) == [f"diffaugem{i}" for i in range(4)]
+
+
 def test_frozen_parts_that_cannot_work(blobs):
     X = blobs[0]
     encoder = tiny_encoder(max_epochs=1).fit(X)
@@ -328,6 +341,10 @@ def test_frozen_parts_that_cannot_work(blobs):
         tiny(diffusion=FrozenEstimator(unconditional)).fit(X)
     with pytest.raises(ValueError, match="joint=True"):
         tiny(encoder=FrozenEstimator(encoder), joint=True).fit(X)
+    for unfitted in ({"encoder": tiny_encoder()}, {"diffusion": tiny_diffusion()}):
+        ((name, part),) = unfitted.items()
+        with pytest.raises(NotFittedError, match=type(part).__name__):
+            tiny(**{name: FrozenEstimator(part)}).fit(X)
     diffusion = tiny_diffusion(max_epochs=1).fit(X, embeddings=encoder.transform(X))
     both = tiny(encoder=FrozenEstimator(encoder), diffusion=FrozenEstimator(diffusion)).fit(X)
     assert both.n_iter_ == 0

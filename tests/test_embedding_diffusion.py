@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.frozen import FrozenEstimator
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
 from torch import nn
 
 from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder, SelfSupervisedEncoder
@@ -296,7 +297,7 @@ def test_parts_that_do_not_fit_are_refused_before_the_encoder_is_trained(blobs, 
 @pytest.mark.parametrize("wrap", [np.asarray, sp.csr_matrix, pd.DataFrame, ad.AnnData])
 def test_any_transformer_can_be_the_encoder(blobs, wrap):
     X = blobs[0]
-    for encoder in (PCA(3), FrozenEstimator(PCA(3).fit(X))):
+    for encoder in (PCA(3), FrozenEstimator(PCA(3).fit(X)), make_pipeline(PCA(3))):
         model = tiny(encoder=encoder).fit(wrap(X))
         embedding = model.transform(wrap(X))
         assert embedding.shape == (240, 3)
@@ -321,6 +322,8 @@ def test_unconditional(blobs):
         model.transform(X)
     with pytest.raises(ValueError, match="no encoder of its own"):
         model.interpolate(X, X)
+    assert not hasattr(model, "_n_features_out")
+    assert "EmbeddingConditionedDiffusion" in model._repr_html_()
 
 
 def test_given_embeddings(blobs):
@@ -446,8 +449,8 @@ def test_interpolate_rows():
             np.testing.assert_allclose(interpolate_rows(a, special, 1, kind), a, atol=1e-12)
     np.testing.assert_allclose(interpolate_rows(a, b, 0.25, "lerp"), 0.25 * a + 0.75 * b)
     assert interpolate_rows(a.astype(np.float32), b.astype(np.float32), 0.5).dtype == np.float32
-    for alpha in (-0.1, 1.1, np.nan):
-        with pytest.raises(ValueError, match="alpha"):
+    for alpha in (-0.1, 1.1, np.nan, [0.5, 0.5], np.full((20, 1), 0.5)):
+        with pytest.raises(ValueError, match="alpha must be"):
             interpolate_rows(a, b, alpha)
     with pytest.raises(ValueError, match="differ in shape"):
         interpolate_rows(a, b[1:], 0.5)

@@ -1,5 +1,7 @@
 """SelfSupervisedEncoder: what it learns, positives, warm start, and its own parameters."""
 
+import warnings
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -177,6 +179,12 @@ def test_precision_and_device_are_checked(blobs):
         tiny(precision="fp8").fit(blobs[0])
 
 
+@pytest.mark.parametrize("sizes", [(8, 0), (8.0,), ["wide"]])
+def test_hidden_sizes_are_checked(blobs, sizes):
+    with pytest.raises(ValueError, match="hidden_sizes"):
+        tiny(hidden_sizes=sizes).fit(blobs[0])
+
+
 # ---- positives -----------------------------------------------------------------------------------
 
 
@@ -235,6 +243,27 @@ def test_positives_come_in_every_container(blobs, container):
     expected = tiny(positives_prob=1.0).fit(X, positives=[X + 1]).transform(X)
     ours = tiny(positives_prob=1.0).fit(X, positives=[container(X + 1)]).transform(X)
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_positives_go_by_name_and_layer(blobs):
+    X, order = blobs[0], np.random.default_rng(0).permutation(20)
+    names = np.array([f"gene{i}" for i in range(20)])
+
+    def cells(values, names=names):
+        zeros = np.zeros_like(values)
+        return ad.AnnData(zeros, layers={"log": values}, var=pd.DataFrame(index=names))
+
+    model = tiny(positives_prob=1.0, layer="log")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = model.fit(cells(X), positives=[X + 1]).transform(cells(X))
+    shuffled = cells(X[:, order] + 1, names[order])
+    surplus = cells(np.c_[X + 1, X[:, 0]], [*names, "another"])
+    for view in (shuffled, surplus):
+        ours = model.fit(cells(X), positives=[view]).transform(cells(X))
+        np.testing.assert_array_equal(ours, expected)
+    with pytest.raises(ValueError, match=r"positives\[0\].*lacks 1 of the 20 genes .*gene3"):
+        model.fit(cells(X), positives=[shuffled[:, shuffled.var_names != "gene3"]])
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,16 @@ def test_black_and_white_come_from_the_source():
     assert np.allclose(shown[0, 0], source[0] / 32)
 
 
+def test_bytes_and_floats_stand_beside_each_other():
+    image = pictures(2)
+    share = image / 255.0
+    for source, made in ((image, share), (share, image)):
+        shown = tiles(SampleGridDisplay(made, source, nearest=made).plot())
+        assert np.allclose(shown * 255, image[:, None], atol=1e-3)
+        shown = tiles(InterpolationDisplay(source, source, [made], [0.5]).plot())
+        assert np.allclose(shown * 255, image[:, None], atol=1e-3)
+
+
 def test_small_images_keep_their_pixels_and_large_ones_are_averaged():
     small = SampleGridDisplay(pictures(2, 64, 64)).plot()
     assert small.image_.get_interpolation() == "nearest"

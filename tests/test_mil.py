@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_score
 from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
@@ -244,6 +245,19 @@ def test_a_bag_does_not_see_its_neighbours(data, fitted):
     np.testing.assert_array_equal(fitted.predict_proba(objects), whole)
 
 
+def test_bags_of_all_containers_are_the_same(data, fitted):
+    bags, y = data
+    expected = fitted.predict_proba(bags)
+    nested = [bag.tolist() for bag in bags]
+    weights = [torch.tensor(bag, requires_grad=True) for bag in bags]
+    named = pd.Series(bags, index=range(5, 25))  # no row of the name 0, as after a split
+    for form in (nested, tuple(bags), weights, list(map(pd.DataFrame, bags)), named):
+        np.testing.assert_array_equal(fitted.predict_proba(form), expected)
+    assert np.isfinite(cross_val_score(tiny(), named, y, cv=2)).all()
+    # A table in lists stays a table, of bags of one row.
+    assert len(fitted.predict(bags[0].tolist())) == len(bags[0])
+
+
 def test_padding_does_not_matter():
     with isolated_rng(0):
         network = BagNetwork(3, 2).eval()
@@ -283,6 +297,7 @@ def test_class_weights(data):
             "different labels",
         ),
         (lambda bags, y: ([*bags[:19], bags[0] * np.nan], y, None), "NaN"),
+        (lambda bags, y: ([csr_matrix(bag) for bag in bags], y, None), "row 0 .* dense table"),
     ],
 )
 def test_bad_input(data, change, message):

@@ -326,6 +326,28 @@ def test_readings_of_a_transformer():
     torch.testing.assert_close(last[:, :12], vit.norm(hidden)[:, 0])
 
 
+def test_width_is_that_of_the_output():
+    timm = pytest.importorskip("timm")
+    x = images(2, 3, 32, 32)
+    # Layers behind the pooling, and a classifier: neither is as wide as the last maps.
+    mobile = seeded(make_backbone, "mobilenetv3_small_050", (32, 32, 3))
+    classifier = seeded(timm.create_model, "resnet10t", num_classes=10)
+    for backbone, width in ((mobile, 1024), (classifier, 10)):
+        assert feature_width(backbone, (32, 32, 3)) == backbone(x).shape[1] == width
+        maps = backbone.forward_features(x)
+        assert feature_width(backbone, (32, 32, 3), "pooled") == maps.shape[1] != width
+
+
+def test_pooled_maps_may_have_their_channels_last():
+    timm = pytest.importorskip("timm")
+    sizes = {"embed_dim": 12, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
+    swin = seeded(timm.models.SwinTransformer, 32, num_classes=0, **sizes)
+    x = images(2, 3, 32, 32)
+    pooled = image_features(swin, x, "pooled")
+    torch.testing.assert_close(pooled, swin.forward_features(x).mean((1, 2)))
+    torch.testing.assert_close(pooled, swin(x))
+
+
 def test_pooled_maps_of_a_cnn_are_its_output():
     resnet = seeded(small_resnet, (16, 16, 3))
     torch.testing.assert_close(image_features(resnet, images(), "pooled"), resnet(images()))

@@ -144,6 +144,9 @@ def test_embedding_display_keeps_the_order_of_categories():
     assert n_colors(display.points_) == 3
     display = EmbeddingDisplay(normal(4, 2), ["_b", None, np.nan, pd.NA]).plot(legend="on_data")
     assert [text.get_text() for text in display.ax_.texts] == ["_b"]
+    display = EmbeddingDisplay(normal(3, 2), ["T cell", np.nan, "B cell"]).plot()
+    assert texts(display.legend_) == ["B cell", "T cell", "unlabelled"]
+    assert EmbeddingDisplay(normal(3, 2), [0.5, None, 2.0]).plot().colorbar_.vmax == 2.0
     display = EmbeddingDisplay(normal(2, 2), ["_b", "a"]).plot()
     assert len(texts(display.legend_)) == 2
 

@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator, check_param_validation
 
+from diffaugkit import preprocessing
 from diffaugkit.preprocessing import CellPreprocessor
 from diffaugkit.rows import MappedRows
 
@@ -387,6 +389,31 @@ def test_failed_fit_keeps_the_old_state(counts):
     np.testing.assert_array_equal(model.transform(counts), before)
 
 
+def test_interrupted_fit_keeps_the_old_state(counts, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model, new = CellPreprocessor(n_top_genes=30).fit(counts), CellPreprocessor()
+    before = model.transform(counts)
+    monkeypatch.setattr(preprocessing, "_moments", interrupt)
+    for each in (model, new):
+        with pytest.raises(KeyboardInterrupt):
+            each.fit(counts[:, :20])
+    np.testing.assert_array_equal(model.transform(counts), before)
+    with pytest.raises(NotFittedError):
+        new.transform(counts)
+
+
+def test_genes_that_tie_up_to_rounding_are_all_kept():
+    scores = np.array([0.5, np.nan, 2.0, np.sqrt(0.5), np.sqrt(0.5) - 1e-15])
+    np.testing.assert_array_equal(preprocessing._top_genes(scores, 2, ties=True), [2, 3, 4])
+    rng = np.random.default_rng(0)
+    rng.normal(size=(90, 8))
+    few = rng.negative_binomial(1, 0.2, size=(90, 20)).astype(float)  # bins of one and two genes
+    dense, sparse = (CellPreprocessor(n_top_genes=8).fit(X) for X in (few, sp.csr_matrix(few)))
+    np.testing.assert_array_equal(dense.genes_, sparse.genes_)
+
+
 def test_normalised_input_warns(counts):
     log = np.log1p(counts)
     with pytest.warns(UserWarning, match="expects raw counts"):
@@ -449,8 +476,10 @@ def test_param_validation():
     check_param_validation("CellPreprocessor", CellPreprocessor())
 
 
-def test_set_output_and_names(counts, adata):
+def test_set_output_and_names(counts, adata, tmp_path):
     model = CellPreprocessor(n_top_genes=30).set_output(transform="pandas")
+    from_disk = model.fit_transform(_disk(adata, tmp_path))
+    pd.testing.assert_frame_equal(from_disk, model.fit_transform(adata), rtol=1e-5, atol=1e-5)
     frame = model.fit_transform(pd.DataFrame(counts, columns=adata.var_names))
     expected = [f"gene{i}" for i in model.genes_]
     assert list(frame.columns) == expected + [f"gene{i}_residual" for i in model.residual_genes_]

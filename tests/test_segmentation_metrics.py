@@ -93,6 +93,15 @@ def test_regions_per_image_ignored_and_missing():
     np.testing.assert_allclose(iou_score(*binary), dice_score(*binary) / (2 - dice_score(*binary)))
 
 
+@pytest.mark.parametrize("score", [dice_score, iou_score])
+def test_one_image_of_its_own_keeps_its_axis(score):
+    true, predicted = random_masks()
+    for one, other in ((true[:1], predicted[:1]), ([true[0]], [predicted[0]])):
+        each = score(one, other, per_image=True, average=False, labels=[1, 2, 3])
+        assert each.shape == (1, 3)
+        np.testing.assert_array_equal(each[0], score(one, other, average=False, labels=[1, 2, 3]))
+
+
 def test_regions_of_masks_of_several_sizes():
     true, predicted = random_masks(seed=2)
     cut = [(12, 14), (5, 9), (12, 3), (1, 1)]

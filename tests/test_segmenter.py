@@ -9,10 +9,11 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
+from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
 
-from diffaugkit import EmbeddingConditionedDiffusion, load
+from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder, load
 from diffaugkit.metrics import dice_score
 from diffaugkit.runtime import isolated_rng
 from diffaugkit.segmentation_data import (
@@ -431,6 +432,16 @@ def test_bad_input_after_fit(data, fitted):
     vectors = EmbeddingConditionedDiffusion(None, max_epochs=1).fit(X.reshape(8, -1)[:, :9] / 255)
     with pytest.raises(TypeError, match="pixels"):
         tiny(diffusion=FrozenEstimator(vectors)).fit(X, masks)
+
+    def never(epoch, history):
+        raise AssertionError("it is refused before it is trained")
+
+    autoencoder = LatentAutoencoder(callbacks=never)
+    latents = EmbeddingConditionedDiffusion(None, autoencoder=autoencoder)
+    mixture = GaussianMixture(random_state=0)
+    for other in (latents, mixture, FrozenEstimator(clone(mixture).fit([[0.0], [1.0]]))):
+        with pytest.raises(TypeError, match="no U-Net of pixels"):
+            tiny(diffusion=other).fit(X, masks)
     before = vars(fitted).copy()
     with pytest.raises(ValueError, match="masks"):
         fitted.fit(X, masks[:2])
@@ -452,6 +463,19 @@ def test_patches_and_masks_stay_together():
     np.testing.assert_array_equal(truth[6][0, :3, :2], targets[1])
     assert (truth[6][0, 3:] == IGNORED).all()
     assert patches[6][0].max() < 100  # mirrored
+
+
+def test_patches_of_floats_keep_their_values():
+    from diffaugkit.image_rows import ImageRows
+
+    # The range that was learned is that of bytes; other images of the fit may reach beyond it.
+    learned = np.linspace(0, 255, 64, dtype=np.float32).reshape(1, 8, 8)
+    beyond = ImageRows(learned * 1.5 - 20)
+    images = ImageList([ImageRows(learned), beyond], [(0.0, 255.0)] * 2)
+    patches = PatchRows(images, [0, 1], (8, 8), (8, 8))
+    np.testing.assert_array_equal(patches[0][0], learned[0])
+    np.testing.assert_array_equal(patches[1], beyond[0])
+    assert PatchRows(images.take([0]), [0], (8, 8), (8, 8)).dtype == np.float32
 
 
 def test_variations_move_images_with_masks():

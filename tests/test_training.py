@@ -383,6 +383,7 @@ def test_out_of_memory_names_a_batch_size_that_fits(toy):
     [
         {"max_epochs": 0},
         {"accumulate": 0},
+        {"checkpoint_every": 0},
         {"learning_rate": -1.0},
         {"schedule": "linear"},
         {"ema_decay": 1.0},

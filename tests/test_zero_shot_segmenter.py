@@ -9,6 +9,7 @@ from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import adjusted_rand_score
+from sklearn.mixture import GaussianMixture
 from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
 
 from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder, load
@@ -394,8 +395,9 @@ def test_bad_input_is_refused_and_leaves_the_fit(X, diffusion, fitted):
         tiny(diffusion).fit(X[:, :8])
     vectors = EmbeddingConditionedDiffusion(None, width=8, n_blocks=1, max_epochs=1)
     vectors.fit(np.random.default_rng(0).normal(size=(20, 5)))
-    with pytest.raises(TypeError, match="no U-Net"):
-        tiny(FrozenEstimator(vectors)).fit(X)
+    for other in (FrozenEstimator(vectors), GaussianMixture()):
+        with pytest.raises(TypeError, match="no U-Net"):
+            tiny(other).fit(X)
     again = clone(fitted).fit(X)
     before = again.predict(X[:3])
     with pytest.raises(ValueError, match="NaN"):

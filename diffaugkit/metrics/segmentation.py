@@ -86,7 +86,7 @@ def dice_score(
     [0.67, 0.67]
     """
     overlap, true, predicted = _region_sizes(y_true, y_pred, labels, per_image, ignore_label)
-    return _ratio(2 * overlap, true + predicted, average, zero_division)
+    return _ratio(2 * overlap, true + predicted, average, zero_division, per_image)
 
 
 def iou_score(
@@ -122,7 +122,7 @@ def iou_score(
     0.3333333333333333
     """
     overlap, true, predicted = _region_sizes(y_true, y_pred, labels, per_image, ignore_label)
-    return _ratio(overlap, true + predicted - overlap, average, zero_division)
+    return _ratio(overlap, true + predicted - overlap, average, zero_division, per_image)
 
 
 def pixel_aji(
@@ -765,11 +765,11 @@ def _region_sizes(y_true, y_pred, labels, per_image, ignore_label):
     return sizes
 
 
-def _ratio(above, below, average, zero_division):
-    """Quotients (n_images, n_labels), without the first axis if it is one; or their mean."""
+def _ratio(above, below, average, zero_division, per_image=False):
+    """Quotients (n_images, n_labels), without the first axis if all are pooled; or their mean."""
     values = np.where(below > 0, above / np.where(below > 0, below, 1), zero_division)
     if not average:
-        return values[0] if len(values) == 1 else values
+        return values if per_image else values[0]
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else float(zero_division)
 
