@@ -5,6 +5,7 @@ import copy
 import math
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,6 +18,19 @@ from diffaugkit.image_rows import ImageRows, resolve_image_shape
 from diffaugkit.rows import BackedRows, DenseRows, Rows, SparseRows
 
 __all__ = ["check_X", "looks_like_counts", "sample_range", "unchanged_on_failure"]
+
+# Files of tables, and what reads them.
+_READERS = {
+    ".csv": "pandas.read_csv",
+    ".h5": "scanpy.read_10x_h5",
+    ".h5ad": "anndata.read_h5ad",
+    ".loom": "anndata.io.read_loom",
+    ".npy": "numpy.load",
+    ".npz": "numpy.load",
+    ".parquet": "pandas.read_parquet",
+    ".tsv": "pandas.read_table",
+    ".zarr": "anndata.read_zarr",
+}
 
 # What an estimator that takes images keeps of those that it was fitted on.
 _OF_IMAGES = ("image_shape_", "_pixel_range", "_layout")
@@ -124,6 +138,7 @@ def check_X(
         "ensure_non_negative": ensure_non_negative,
     }
     with unchanged_on_failure(estimator):  # what an earlier fit learned
+        _refuse_table_files(X)
         if not images:
             _refuse_images(estimator, X)
         else:
@@ -415,6 +430,17 @@ def _check_in_blocks(estimator, rows, limits):
 
 
 # ---- images --------------------------------------------------------------------------------------
+
+
+def _refuse_table_files(X):
+    """Say what reads the file of a table."""
+    if isinstance(X, str | os.PathLike):
+        reader = _READERS.get(Path(X).suffix.lower())
+        if reader is not None:
+            raise ValueError(
+                f"Expected 2D array: X is {str(X)!r}, the path of a table. Read it first, as "
+                f"X = {reader}({str(X)!r})."
+            )
 
 
 def _refuse_images(estimator, X):

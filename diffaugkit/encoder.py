@@ -212,7 +212,7 @@ class SelfSupervisedEncoder(TorchTransformer):
         Passes over the data. "auto" is as many as make 1 000 batches, but at least 10 and at most
         330, DiffAug's E-step: large data need fewer passes.
     batch_size : int, default=300
-        DiffAug's. Other rows of the batch are the negatives.
+        At least 2; DiffAug's. Other rows of the batch are the negatives.
     learning_rate : float or "auto", default="auto"
         Peak rate of AdamW with warm-up and cosine. "auto" is 2e-3 for the MLP (DiffAug's code has
         1e-3, its paper prints 1e-4, both for many more steps) and "small_resnet", and DINO's
@@ -271,6 +271,7 @@ class SelfSupervisedEncoder(TorchTransformer):
 
     _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
         **TorchTransformer._parameter_constraints,
+        "batch_size": [Interval(Integral, 2, None, closed="left")],
         "method": [StrOptions(set(_METHODS))],
         "backbone": [str, torch.nn.Module],
         "n_components": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],

@@ -178,7 +178,7 @@ class PretrainedUNet(TorchEstimator):
 
     # ---- input -----------------------------------------------------------------------------------
 
-    def _read(self, X, *, reset):
+    def _read(self, X, *, reset, name="X"):
         """Images of any container as an ImageList; what is learned of them is of the first one."""
         if self.image_shape is not None:
             parts = [self._images_only(check_X(self, X, reset=reset, **self._gate()))]
@@ -190,11 +190,11 @@ class PretrainedUNet(TorchEstimator):
                 try:
                     parts.append(self._gated([item], reset and not row))
                 except (ValueError, TypeError) as error:
-                    raise type(error)(f"Row {row} of X: {error}") from error
+                    raise type(error)(f"Row {row} of {name}: {error}") from error
         n_channels = parts[0].shape[1] if reset else self.image_shape_[2]
         for row, part in enumerate(parts):
             if part.shape[1] != n_channels:
-                where = f"row {row} of X" if len(parts) > 1 else "X"
+                where = f"row {row} of {name}" if len(parts) > 1 else name
                 raise ValueError(
                     f"The images in {where} have {part.shape[1]} channels, but "
                     f"{type(self).__name__} was fitted on {n_channels}."
@@ -203,8 +203,8 @@ class PretrainedUNet(TorchEstimator):
         if reset:
             self._pixel_range = images.common_range()
             return ImageList(parts, [self._pixel_range] * len(parts))
-        name = type(self).__name__
-        return ImageList(parts, [reading_range(name, part, self._pixel_range) for part in parts])
+        own = type(self).__name__
+        return ImageList(parts, [reading_range(own, part, self._pixel_range) for part in parts])
 
     def _gated(self, X, reset):
         # After fit images may have any size, so the gate learns the size anew, on a stand-in.

@@ -276,6 +276,14 @@ def test_genes_are_matched_by_name(order, extra, kind, tmp_path_factory):
     assert list(rows.feature_names) == list(NAMES)
 
 
+@pytest.mark.parametrize("images", [True, False])
+def test_the_path_of_a_table_is_told_what_reads_it(images, tmp_path):
+    path = tmp_path / "cells.h5ad"
+    for source in (path, str(path)):
+        with pytest.raises(ValueError, match=r"Read it first, as X = anndata\.read_h5ad\('.*cells"):
+            check_X(PCA(), source, reset=True, images=images)
+
+
 @pytest.mark.parametrize("kind", [np.asarray, sp.csr_matrix, sp.csc_matrix, "disk"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -3.0])
 def test_surplus_genes_may_hold_anything(kind, value, tmp_path):

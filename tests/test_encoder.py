@@ -185,6 +185,11 @@ def test_hidden_sizes_are_checked(blobs, sizes):
         tiny(hidden_sizes=sizes).fit(blobs[0])
 
 
+def test_a_batch_of_one_has_no_negatives(blobs):
+    with pytest.raises(ValueError, match=r"'batch_size' .* in the range \[2, inf\)"):
+        tiny(batch_size=1).fit(blobs[0])
+
+
 # ---- positives -----------------------------------------------------------------------------------
 
 

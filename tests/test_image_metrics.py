@@ -90,6 +90,8 @@ def test_weighted_knn_on_digits(digits):
     assert weighted_knn_accuracy(scaled, y, X_test, y_test) == pytest.approx(accuracy[20], abs=0.01)
     # A class that training lacks is an error, not a crash.
     assert weighted_knn_accuracy(X, y, X_test, np.full(300, 99)) == 0.0
+    with pytest.raises(ValueError, match="k must hold at least one"):
+        weighted_knn_accuracy(X, y, X_test, y_test, k=())
 
 
 def test_weighted_knn_equals_lightlys(digits):

@@ -115,6 +115,9 @@ def test_unlabeled_images_are_pretrained_on(data, fitted):
     other = tiny().fit(X, masks, unlabeled=list(pool))
     assert not np.array_equal(other.predict_proba(X), fitted.predict_proba(X))
     assert other.history_["loss"].iloc[0] != fitted.history_["loss"].iloc[0]
+    grey = [pool[0][..., :1]]
+    with pytest.raises(ValueError, match=r"in unlabeled have 1 channels, but .* fitted on 3"):
+        tiny().fit(X, masks, unlabeled=grey)
 
 
 def test_a_fitted_diffusion_gives_its_unet(data):

@@ -185,6 +185,8 @@ def weighted_knn_accuracy(
     {1: 1.0, 2: 1.0}
     """
     all_k = [k] if np.ndim(k) == 0 else list(k)
+    if not all_k:
+        raise ValueError("k must hold at least one number of neighbours.")
     for each in all_k:
         check_neighbors(each)
     model = WeightedKNNClassifier(max(all_k), temperature)
