@@ -77,7 +77,8 @@ class LatentAutoencoder(TorchTransformer):
         KL: weight of the divergence.
     perceptual : None, str or nn.Module, default=None
         Network whose features are compared beside the pixels: a module that gives a tensor (B, C,
-        H, W), or a list of them, for images in [-1, 1]; or a tag of timm, with `download=True`.
+        H, W), or a list of them, for images in [-1, 1]; or a tag of timm, with `download=True`,
+        which sees each channel as a grey image where there are not three.
     perceptual_weight : float, default=1.0
         Weight of that distance.
     adversarial_start : int or None, default=None
@@ -773,13 +774,16 @@ class _TimmFeatures(nn.Module):
         super().__init__()
         import timm
 
-        self.network = timm.create_model(tag, pretrained=True, features_only=True)
+        with isolated_rng(0):  # weights are drawn before they are loaded
+            self.network = timm.create_model(tag, pretrained=True, features_only=True)
         config = self.network.pretrained_cfg
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(config[name])[:, None, None])
 
     def forward(self, images):
-        images = images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
+        if images.shape[1] != 3:
+            # The network knows colours; what has other channels is seen as one grey image of each.
+            images = images.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
         return self.network(((images + 1) / 2 - self.mean) / self.std)
 
 

@@ -245,6 +245,25 @@ def test_perceptual_features(colour):
         tiny(perceptual="resnet18.a1_in1k").fit(colour)
 
 
+def test_features_of_timm_see_every_channel(colour, monkeypatch):
+    import timm
+
+    from diffaugkit.autoencoder import _feature_distance, _features
+
+    make = timm.create_model
+    # Weights of chance: there is no network here.
+    monkeypatch.setattr(timm, "create_model", lambda tag, pretrained, **more: make(tag, **more))
+    features = _features(tiny(perceptual="resnet10t", download=True), torch.device("cpu"))
+    x = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (2, 4, 32, 32))).float()
+    for channel in range(4):
+        other = x.clone()
+        other[:, channel] = x[:, channel].flip(1)
+        assert _feature_distance(features, x, other) > 1e-4, channel
+    grey, three = x[:, :1], x[:, :1].expand(-1, 3, -1, -1)
+    for a, b in zip(features(grey), features(three), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # ---- weights that were trained elsewhere ---------------------------------------------------------
 
 
