@@ -160,6 +160,9 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
     pipeline these are the rows of the training fold. A frozen one keeps what it saw: pre-train it
     without the test samples unless the setting is transductive.
 
+    The checks are ours: the paper adds all that is generated. `min_confidence` and
+    `min_copy_ratio` of None do so, too.
+
     Containers come back as they were given: arrays, tensors, lists of numbers, DataFrames with
     their columns, sparse matrices (generated rows have no zeros, and cost accordingly), AnnData
     with generated rows that repeat the ``obs`` of their source and are marked in

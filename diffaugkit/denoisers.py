@@ -409,7 +409,7 @@ class UNetDenoiser(nn.Module):
 
     Notes
     -----
-    The released latent-diffusion code (PAPERS 000.2) drops a condition by setting the embedding to
+    The latent-diffusion code that Gen-SIS builds on drops a condition by setting the embedding to
     zero, which makes the null token the bias of the projection. Here it is a learned parameter of
     its own.
 

@@ -108,8 +108,15 @@ class DiffAugEM(TorchTransformer):
     Notes
     -----
     Where paper and released code disagree: generated views are picked with probability lambda (the
-    release: 18.4 %) and the buffer is refilled at every switch (the release never fills it when it
-    starts from scratch).
+    release: 18.4 %), the buffer is refilled at every switch (the release never fills it when it
+    starts from scratch), and the generator sees y, as in the release (the paper prints z).
+
+    Where both differ from here: they compare a row as it is with a view of it, here both are views;
+    their loss is the pairwise form, and they have no contrast of y itself (`contrast` and
+    `embedding_weight` of the encoder); one optimiser runs through all phases, here each E-step goes
+    on with the weights under a new one, and each M-step trains the generator anew; and they
+    generate features with a linear schedule, epsilon and 1 000 ancestral steps, see
+    :class:`~diffaugkit.EmbeddingConditionedDiffusion`.
 
     References
     ----------

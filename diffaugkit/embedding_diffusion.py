@@ -105,7 +105,8 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         on 14 x 14 digits after 282 steps (Frechet distance in 50 components, two real sets 1.9):
         v 1.4, sample 1.5, epsilon with a linear schedule 2.3, or 3.4 without `clip_sample`.
     loss_weighting : {"uniform", "p2", "min_snr"}, default="uniform"
-        Weight of the noise levels.
+        Weight of the noise levels. P2 multiplies the error of whatever is predicted; the paper's is
+        that of epsilon.
     condition_dropout : float, default=0.1
         Share of training rows without condition, for guidance.
     condition_noise : float, default=0.0
@@ -120,11 +121,13 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         Flip half of the images of a batch, left to right, in training. The condition stays that of
         the image as it is, so this suits encoders that do not see the flip. Pixels only.
     sampler : {"dpmsolver++", "ddim", "ddpm"}, default="dpmsolver++"
-        From diffusers. The paper's is ddpm with 1 000 steps.
+        From diffusers. The paper's is ddpm with 1 000 steps (in its code with beta_t as variance,
+        here with the posterior's); Gen-SIS has ddim with 50.
     n_sampling_steps : int, default=20
         Steps of the sampler, clipped to `n_timesteps`.
     ema_decay : float or None, default=0.999
-        Average of the weights, with warm-up, used for sampling.
+        Average of the weights, with warm-up, used for sampling. The releases of DiffAug and
+        HistoDiffusion have 0.9999, for many more steps; Gen-SIS's has none.
     width, n_blocks : int, default=256 and 4
         Size of the denoiser of vectors; for ``"diffaug"`` the width is that of its hidden layers
         (paper: 2 000) and the number of blocks is fixed.
@@ -170,6 +173,10 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
     -----
     Images keep their kind: uint8 gives uint8, floats give floats in the range of the training data,
     in the layout of the training data. Latents are encoded once, before training.
+
+    Each column of the embeddings is standardised first, by the statistics of the training rows;
+    then the U-Net brings each token to one length, from 8 dimensions on. Gen-SIS normalises the
+    embedding as it is.
 
     References
     ----------

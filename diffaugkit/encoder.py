@@ -93,11 +93,12 @@ class SelfSupervisedEncoder(TorchTransformer):
 
     Vectors are first projected to their leading principal components (one common scale, not
     whitened: measured on five cell sets to serve better than raw genes, in a quarter of the time).
-    Two views of each row, mix-ups with nearest neighbours or generated ones, then go through an MLP
-    to a high-dimensional embedding y and on to a low-dimensional z; the loss pulls the views of a
-    row together in z and holds the others apart, as far as y says that they differ, and in y
-    itself. Images are cropped, flipped and recoloured at random, on the device, and go through a
-    convolutional network or a vision transformer.
+    Two views of each row, mix-ups with nearest neighbours or generated ones (DiffAug makes one, and
+    compares it with the row as it is), then go through an MLP to a high-dimensional embedding y and
+    on to a low-dimensional z; the loss pulls the views of a row together in z and holds the others
+    apart, as far as y says that they differ, and in y itself. Images are cropped, flipped and
+    recoloured at random, on the device, and go through a convolutional network or a vision
+    transformer.
 
     Parameters
     ----------
@@ -130,7 +131,8 @@ class SelfSupervisedEncoder(TorchTransformer):
         0.0}``; a callable maps a batch (B, C, H, W) in [-1, 1] to a view of it, drawing from
         torch's generators; an encoder with one can be pickled, but not saved.
     n_local_crops : int or "auto", default="auto"
-        Small crops beside the two global ones, of DINO on images. "auto" is the paper's 8, or 0
+        Small crops beside the two global ones, of DINO on images; always of the image itself, not
+        of one generated for it. "auto" is the paper's 8, or 0
         where they would not be smaller than the image (below 16 pixels) or the augmentation is a
         callable.
     features : {"auto", "cls", "pooled", "last_n"}, default="auto"
@@ -138,7 +140,9 @@ class SelfSupervisedEncoder(TorchTransformer):
         patch tokens or maps, or the CLS tokens of the last blocks side by side.
     pretrained : str, path-like or None, default=None
         Weights of the backbone to begin with: a local file (safetensors, or a state dict, which is
-        read without running code of it), or a tag of timm's, such as ``"dino"``; downloaded.
+        read without running code of it), or a tag of timm's, such as ``"dino"``; downloaded. Every
+        backbone sees pixels in [-1, 1]: the mean and deviation by which some weights were trained
+        are not applied, the fit makes up for it.
     out_dim : int or "auto", default="auto"
         Prototypes of DINO's head. "auto" is the power of two next to the number of samples, from
         256 to the paper's 65 536, so that there are about as many prototypes as samples.
@@ -161,8 +165,9 @@ class SelfSupervisedEncoder(TorchTransformer):
         ``"n_last"`` (4), blocks of ``features="last_n"``.
     hidden_sizes : tuple of int, default=(256, 256)
         Hidden layers of the encoder, and again of the head from y to z. The released code has
-        (500, 500) behind raw genes; behind principal components half of that was measured to give
-        the same embedding in less than half the time.
+        layers of 500 behind raw genes, three in the encoder and two in the head; behind principal
+        components two of half the width were measured to give the same embedding in less than half
+        the time.
     skip : bool, default=True
         Give y a linear skip from the input, the identity at the start; see
         :class:`~diffaugkit.networks.EmbeddingMLP`.

@@ -150,7 +150,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         Peak rate of the classifiers, AdamW with warm-up and cosine. The paper's 5e-5 is for
         networks of many times the width.
     decoder_learning_rate : float, default=1e-4
-        Peak rate of the decoder, which has learned already.
+        Peak rate of the decoder, which has learned already; the paper has 5e-5.
     weight_decay : float, default=0.05
         Of the classifiers, the released code's.
     device, precision, compile, random_state, verbose, checkpoint_dir, callbacks

@@ -113,7 +113,7 @@ def _log_t_similarity(squared_distance, nu, kernel):
 def p2_weight(snr, k=1.0, gamma=1.0):
     r"""Perception-prioritised weight of a timestep, :math:`1 / (k + \mathrm{SNR})^\gamma`.
 
-    With ``k = gamma = 1`` this is :math:`1 - \bar\alpha_t` (GenSelfDiff-HIS, Eq. 5; Choi et al.
+    With ``k = gamma = 1`` this is :math:`1 - \bar\alpha_t` (GenSelfDiff-HIS, Eq. 8; Choi et al.
     2022).
 
     Parameters

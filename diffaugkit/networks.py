@@ -21,12 +21,13 @@ class EmbeddingMLP(nn.Module):
     """Encoder of DiffAug for vectors: features -> high-dimensional y -> low-dimensional z.
 
     Blocks of Linear, LeakyReLU(0.1) and BatchNorm1d, in this order, as in the released code
-    (in -> 500 -> 500 -> 50, then a head 50 -> 500 -> 500 -> 2). Beside
-    the blocks a linear skip, the identity at the start, carries the input to y: what a linear
-    embedding of the input already tells apart is there from the first step, and the blocks learn
-    what to add. A second skip starts z at the first `n_low` features: where these are principal
-    components, the map starts from the large-scale arrangement that PCA shows, and keeps more of
-    it, as t-SNE does from such a start. ``skip=False`` is the released network.
+    (in -> 500 -> 500 -> 500 -> 50, then a head 50 -> 500 -> 500 -> 2; here the encoder has as many
+    hidden layers as the head). Beside the blocks a linear skip, the identity at the start, carries
+    the input to y: what a linear embedding of the input already tells apart is there from the first
+    step, and the blocks learn what to add. A second skip starts z at the first `n_low` features:
+    where these are principal components, the map starts from the large-scale arrangement that PCA
+    shows, and keeps more of it, as t-SNE does from such a start. The released network has no skips,
+    and BatchNorm behind z, which would fix the spread of the map.
 
     Parameters
     ----------

@@ -55,8 +55,8 @@ def structural_similarity_loss(logits, target, *, beta=0.1, stability=0.01, igno
     Notes
     -----
     :math:`L_{CE}` is the mean cross-entropy of the batch, one number, as in the released code; it
-    has a gradient too. The standard deviations are those of the population. A class that an image
-    lacks has a constant truth, whose standardised value is 1 everywhere.
+    has a gradient too. The standard deviations are those of the population (there over n - 1). A
+    class that an image lacks has a constant truth, whose standardised value is 1 everywhere.
 
     Examples
     --------

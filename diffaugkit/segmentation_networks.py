@@ -23,7 +23,9 @@ class AttentionUNet(nn.Module):
     As in the released code: 7 x 7 stem, two residual blocks per level (group norm of 8 groups,
     SiLU, timestep added in between), linear attention (Shen et al. 2021; cost linear in the number
     of pixels) after them, strided 4 x 4 convolutions between levels, full attention in the middle.
-    Images of any size are padded at the bottom and on the right.
+    Unlike there, the features of the first level are joined in once more at the end, and the last
+    layer starts at zero, the others as torch starts them. Images of any size are padded at the
+    bottom and on the right.
 
     Parameters
     ----------

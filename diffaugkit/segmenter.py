@@ -7,8 +7,8 @@ Histopathological Image Segmentation"), two phases on one network and one range 
 paper              here
 =================  ================================================================================
 x_0                a patch, in [-1, 1] in both phases
-lambda_t           weight of a timestep: P2, k = gamma = 1, that is 1 - alpha_bar_t      (Eqs. 5, 6)
-L_P2               ``Diffusion.loss(weighting="p2")``, on images without masks           (Eq. 7)
+lambda_t           weight of a timestep: P2, k = gamma = 1, that is 1 - alpha_bar_t          (Eq. 8)
+L_P2               ``Diffusion.loss(weighting="p2")``, on images without masks           (Eq. 8)
 f_theta            the same U-Net at t = 0 with a new last layer                 (``module_``)
 L_SS + lambda L_FL ``segmentation_losses``, on images with masks                  (Eqs. 9 to 11)
 =================  ================================================================================
@@ -52,7 +52,7 @@ class DiffusionSegmenter(PretrainedUNet):
     loss_weighting : {"p2", "uniform", "min_snr"}, default="p2"
         Diffusion: weight of the noise levels.
     n_timesteps : int, default=1000
-        Diffusion: noise levels, on the paper's schedule (squares of evenly spaced roots).
+        Diffusion: noise levels, on the released code's schedule (squares of evenly spaced roots).
     denoiser : {"unet", "attention_unet"}, default="unet"
         The network: diffusers' U-Net, or the paper's with linear attention at every level. Not used
         where `diffusion` is an estimator.
@@ -125,8 +125,11 @@ class DiffusionSegmenter(PretrainedUNet):
     Notes
     -----
     The released code pre-trains on [-1, 1] and fine-tunes on [0, 1]; here both phases see [-1, 1].
-    It takes the log of a softmax; here ``log_softmax`` does. It predicts patches; here whole images
-    of any size are put together from overlapping tiles, strip by strip.
+    It takes the log of a softmax; here ``log_softmax`` does. It sums the loss of the first phase
+    over the batch; here it is a mean. Its Adam has a constant rate, in the second phase with betas
+    0.5 and 0.999; here AdamW has the usual ones, and gradients are clipped at a norm of 1. It
+    predicts patches; here whole images of any size are put together from overlapping tiles, strip
+    by strip.
 
     ``fit`` calls its second argument `masks`. scikit-learn passes it by position, so that pipelines
     and searches work; of scikit-learn's checks only the one for the name ``y`` is not met.

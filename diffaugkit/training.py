@@ -293,7 +293,7 @@ def fit_loop(
         updates_per_epoch = -(-steps_per_epoch // accumulate)
         n_updates = max_epochs * updates_per_epoch
         parameters = [p for p in module.parameters() if p.requires_grad]
-        optimizer = _adamw(parameters, weight_decay, device)
+        optimizer = _adamw(parameters, max(weight_decay, final_weight_decay or 0.0), device)
         average = None if ema_decay is None else _Average(module, ema_decay)
         every = 1 if device.type == "cpu" and processes.world == 1 else _LOOK_EVERY
         log = _Log(every, processes)
@@ -343,10 +343,12 @@ def fit_loop(
                     )
                     for param_group in optimizer.param_groups:
                         param_group["lr"] = rate
-                        if final_weight_decay is not None and param_group["weight_decay"]:
-                            param_group["weight_decay"] = final_weight_decay + scheduled_rate(
-                                state.step, n_updates, weight_decay - final_weight_decay
-                            )
+                    if final_weight_decay is not None:
+                        # The first group is what decays, also where its decay is 0 as yet.
+                        decay = scheduled_rate(
+                            state.step, n_updates, weight_decay - final_weight_decay
+                        )
+                        optimizer.param_groups[0]["weight_decay"] = final_weight_decay + decay
                     if grad_clip is not None:
                         _clip(parameters, grad_clip, each=clip_each)
                     optimizer.step()

@@ -147,8 +147,8 @@ class ZeroShotSegmenter(TorchEstimator):
 
     References
     ----------
-    "DiNO-Diffusion: Scaling Medical Diffusion Models via Self-Supervised Pre-Training", section 3.3
-    and appendix B. Tian et al. 2023, "Diffuse, Attend, and Segment: Unsupervised Zero-Shot
+    "DiNO-Diffusion: Scaling Medical Diffusion Models via Self-Supervised Pre-Training", sections
+    2.4 and 3, appendix B. Tian et al. 2023, "Diffuse, Attend, and Segment: Unsupervised Zero-Shot
     Segmentation using Stable Diffusion", arXiv 2308.12469.
 
     Examples

@@ -397,11 +397,12 @@ def test_percentiles_against_all_distances(pair, percentile, points):
 
 def test_rows_as_points():
     true, predicted = random_masks(n_labels=2)
-    expected = [
-        cdist(t, p).min(axis=1).max() for t, p in zip(1.0 * true, 1.0 * predicted, strict=True)
-    ]
+    apart = [cdist(t, p) for t, p in zip(1.0 * true, 1.0 * predicted, strict=True)]
+    expected = [max(d.min(axis=1).max(), d.min(axis=0).max()) for d in apart]
     np.testing.assert_allclose(row_hausdorff(true, predicted, average=False), expected)
     assert row_hausdorff(true, predicted) == pytest.approx(np.mean(expected))
+    both = [[1, 0], [0, 0]], [[0, 0], [0, 0]]  # each row of the second is one of the first
+    assert row_hausdorff(*both) == row_hausdorff(*both[::-1]) == 1
 
 
 # ---- all of them ---------------------------------------------------------------------------------

@@ -216,7 +216,8 @@ def test_each_gradient_is_clipped_on_its_own(toy, monkeypatch):
     assert clipped > 0
 
 
-def test_weight_decay_follows_its_cosine(toy, monkeypatch):
+@pytest.mark.parametrize(("first", "last"), [(0.04, 0.4), (0.0, 0.4), (0.4, 0.0)])
+def test_weight_decay_follows_its_cosine(toy, monkeypatch, first, last):
     decays = []
     step = torch.optim.AdamW.step
 
@@ -225,9 +226,9 @@ def test_weight_decay_follows_its_cosine(toy, monkeypatch):
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    train(toy, max_epochs=2, batch_size=10, weight_decay=0.04, final_weight_decay=0.4)
+    train(toy, max_epochs=2, batch_size=10, weight_decay=first, final_weight_decay=last)
     n = len(decays)
-    expected = 0.4 + (0.04 - 0.4) * 0.5 * (1 + np.cos(np.pi * np.arange(n) / n))
+    expected = last + (first - last) * 0.5 * (1 + np.cos(np.pi * np.arange(n) / n))
     np.testing.assert_allclose([matrices for matrices, _ in decays], expected, rtol=1e-12)
     assert all(gains == 0 for _, gains in decays)
 

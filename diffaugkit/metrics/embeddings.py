@@ -118,7 +118,7 @@ def linear_svm_accuracy(
 ) -> float:
     """Cross-validated accuracy of a linear, one-vs-one support vector machine on standardised `X`.
 
-    The protocol of the DiffAug paper (section 4.1 and appendix D.1): ten folds, 90 % of the
+    The protocol of the DiffAug paper (section 3.2 and appendix D.1): ten folds, 90 % of the
     samples train and 10 % test.
 
     Parameters

@@ -136,7 +136,9 @@ def pixel_aji(
 
     The paper aggregates over classes, not over objects: the sum of the intersections over the sum
     of the unions. With one class it is the IoU, as the paper says; :func:`object_aji` is the index
-    of Kumar et al., which sees whether objects were kept apart.
+    of Kumar et al., which sees whether objects were kept apart. The released code takes the mean
+    over images, and joins each true class with the predicted one of the largest IoU, be it another
+    class: that is :func:`object_aji` of masks of classes.
 
     Parameters
     ----------
@@ -662,11 +664,11 @@ def hd95(
 def row_hausdorff(
     y_true: ArrayLike, y_pred: ArrayLike, *, average: bool = True
 ) -> float | np.ndarray:
-    """Directed Hausdorff distance between the rows of two masks, the "HD" of GenSelfDiff-HIS.
+    """Hausdorff distance between the rows of two masks, the "HD" of GenSelfDiff-HIS.
 
     The released code hands whole masks to SciPy's ``directed_hausdorff``, which reads each row of
-    pixels as one point in as many dimensions as the image has columns, and looks in one direction
-    only. It is no distance in pixels; it is here to compare with the paper's tables.
+    pixels as one point in as many dimensions as the image has columns, and takes the larger of the
+    two directions. It is no distance in pixels; it is here to compare with the paper's tables.
 
     Parameters
     ----------
@@ -688,10 +690,10 @@ def row_hausdorff(
     >>> row_hausdorff([[1, 1, 0, 0], [0, 0, 0, 0]], [[1, 0, 0, 0], [0, 0, 0, 0]])
     1.0
     """
-    values = [
-        directed_hausdorff((t != 0).astype(float), (p != 0).astype(float))[0]
-        for t, p in _image_pairs(y_true, y_pred)
+    rows = [
+        ((t != 0).astype(float), (p != 0).astype(float)) for t, p in _image_pairs(y_true, y_pred)
     ]
+    values = [max(directed_hausdorff(t, p)[0], directed_hausdorff(p, t)[0]) for t, p in rows]
     return float(np.mean(values)) if average else np.array(values)
 
 
