@@ -49,6 +49,7 @@ from diffaugkit.denoisers import (
 )
 from diffaugkit.diffusion import (
     BETA_SCHEDULES,
+    NORMS,
     PREDICTION_TYPES,
     SAMPLERS,
     WEIGHTINGS,
@@ -107,6 +108,9 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
     loss_weighting : {"uniform", "p2", "min_snr"}, default="uniform"
         Weight of the noise levels. P2 multiplies the error of whatever is predicted; the paper's is
         that of epsilon.
+    loss_norm : {"l2", "l1"}, default="l2"
+        Squared error, or absolute error, the other choice of HistoDiffusion's pre-training, which
+        single pixels far off move less.
     condition_dropout : float, default=0.1
         Share of training rows without condition, for guidance.
     condition_noise : float, default=0.0
@@ -206,6 +210,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         "beta_schedule": [StrOptions(set(BETA_SCHEDULES))],
         "prediction_type": [StrOptions(set(PREDICTION_TYPES))],
         "loss_weighting": [StrOptions(set(WEIGHTINGS))],
+        "loss_norm": [StrOptions(set(NORMS))],
         "condition_dropout": [Interval(Real, 0, 1, closed="left")],
         "condition_noise": [Interval(Real, 0, None, closed="left")],
         "guidance_scale": [Interval(Real, 0, None, closed="left")],
@@ -246,6 +251,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         beta_schedule="cosine",
         prediction_type="v_prediction",
         loss_weighting="uniform",
+        loss_norm="l2",
         condition_dropout=0.1,
         condition_noise=0.0,
         guidance_scale=1.0,
@@ -280,6 +286,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         self.beta_schedule = beta_schedule
         self.prediction_type = prediction_type
         self.loss_weighting = loss_weighting
+        self.loss_norm = loss_norm
         self.condition_dropout = condition_dropout
         self.condition_noise = condition_noise
         self.guidance_scale = guidance_scale
@@ -877,6 +884,7 @@ class _Fit:
             x0,
             cond,
             weighting=estimator.loss_weighting,
+            norm=estimator.loss_norm,
             drop_condition=estimator.condition_dropout if cond is not None else 0.0,
             condition_noise=estimator.condition_noise if cond is not None else 0.0,
         )

@@ -119,6 +119,7 @@ OPTIONS = [
     *({"prediction_type": p} for p in PREDICTION_TYPES),
     *({"beta_schedule": b} for b in BETA_SCHEDULES),
     *({"loss_weighting": w} for w in WEIGHTINGS),
+    {"loss_norm": "l1"},
     *({"sampler": s} for s in SAMPLERS),
     {"denoiser": "mlp"},
     {"denoiser": "diffaug"},
