@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diffaugkit.networks import Linear
+
 __all__ = [
     "DENOISERS",
     "AttentionMaps",
@@ -186,8 +188,8 @@ class _ModulatedBlock(nn.Module):
 
     def __init__(self, width, dropout):
         super().__init__()
-        self.hidden = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
+        self.hidden = Linear(width, width)
+        self.output = Linear(width, width)
         self.dropout = dropout
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
@@ -255,14 +257,14 @@ class MLPDenoiser(_ConditionalDenoiser):
         # Scale and shift of every block and of the output, and the gain of the input. The 1 of the
         # usual "1 + scale" sits in the bias, which saves a kernel per block.
         self._parts = [width] * (2 * n_blocks + 2) + [n_features]
-        self.modulation = nn.Linear(n_embedding, sum(self._parts))
+        self.modulation = Linear(n_embedding, sum(self._parts))
         nn.init.zeros_(self.modulation.weight)
         with torch.no_grad():
             for i, bias in enumerate(self.modulation.bias.split(self._parts)):
                 bias.fill_(1.0 if i % 2 == 0 and i <= 2 * n_blocks else 0.0)
-        self.input = nn.Linear(n_features, width)
+        self.input = Linear(n_features, width)
         self.blocks = nn.ModuleList(_ModulatedBlock(width, dropout) for _ in range(n_blocks))
-        self.output = nn.Linear(width, n_features)
+        self.output = Linear(width, n_features)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
@@ -281,9 +283,7 @@ class MLPDenoiser(_ConditionalDenoiser):
 
 
 def _embedding_mlp(n_inputs, n_embedding):
-    return nn.Sequential(
-        nn.Linear(n_inputs, n_embedding), nn.SiLU(), nn.Linear(n_embedding, n_embedding)
-    )
+    return nn.Sequential(Linear(n_inputs, n_embedding), nn.SiLU(), Linear(n_embedding, n_embedding))
 
 
 class DiffAugDenoiser(_ConditionalDenoiser):
@@ -327,11 +327,11 @@ class DiffAugDenoiser(_ConditionalDenoiser):
         self.time_embedding = nn.Embedding(n_timesteps, n_features)
         if n_condition:
             self.condition_mlp = nn.Sequential(
-                nn.Linear(n_condition, 200),
+                Linear(n_condition, 200),
                 nn.LeakyReLU(),
-                nn.Linear(200, 200),
+                Linear(200, 200),
                 nn.LeakyReLU(),
-                nn.Linear(200, n_features),
+                Linear(200, n_features),
             )
 
     def forward(self, x_t, t, cond=None, drop=None):
@@ -360,8 +360,8 @@ class _DiffAugBlock(nn.Module):
     def __init__(self, n_features, width, first):
         super().__init__()
         self.first = first
-        self.hidden = nn.Linear(n_features, width)
-        self.output = nn.Linear(width, n_features)
+        self.hidden = Linear(n_features, width)
+        self.output = Linear(width, n_features)
 
     def forward(self, h):
         if not self.first:
@@ -456,7 +456,7 @@ class UNetDenoiser(nn.Module):
             from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
             n_tokens = n_token_features or min(512, 2 * max(widths))
-            self.token = nn.Linear(n_condition, n_tokens)
+            self.token = Linear(n_condition, n_tokens)
             self.null_token = nn.Parameter(torch.zeros(n_tokens))
             self.unet = UNet2DConditionModel(
                 down_block_types=_kinds("{}DownBlock2D", "CrossAttn", attends),

@@ -267,11 +267,7 @@ class DiffusionDetector(PretrainedUNet):
         images = self._read(X, reset=True).loaded()
         truth = read_boxes(boxes, images)
         codes = self._encode(truth)
-        pool = (
-            images
-            if unlabeled is None
-            else self._read(unlabeled, reset=False, name="unlabeled").loaded()
-        )
+        pool = self._read_pool(unlabeled, images)
         seed = self._seed()
         train, held = self._split(len(images), groups, seed)
         self.patch_shape_ = self._make_patch_shape(images)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffaugkit.denoisers import sinusoidal_embedding
+from diffaugkit.networks import Linear
 
 __all__ = ["DecoderOf", "GuidedDenoiser", "LatentClassifier", "class_gradient", "classifier_guided"]
 
@@ -75,14 +76,14 @@ class LatentClassifier(nn.Module):
             table = sinusoidal_embedding(torch.arange(len(signal)), width)
             self.register_buffer("time_table", table, persistent=False)
             self.time_mlp = nn.Sequential(
-                nn.Linear(width, n_embedding), nn.SiLU(), nn.Linear(n_embedding, n_embedding)
+                Linear(width, n_embedding), nn.SiLU(), Linear(n_embedding, n_embedding)
             )
         if len(self.shape) == 1:
             self.trunk = _VectorTrunk(*self.shape, 4 * width, n_embedding)
         else:
             self.trunk = _ImageTrunk(self.shape, width, n_embedding)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(self.trunk.n_features, n_classes)
+        self.head = Linear(self.trunk.n_features, n_classes)
         # The untrained classifier pulls nowhere.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -108,14 +109,13 @@ class _VectorTrunk(nn.Module):
     def __init__(self, n_inputs, width, n_embedding):
         super().__init__()
         self.n_features = width
-        self.input = nn.Linear(n_inputs, width)
+        self.input = Linear(n_inputs, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-            for _ in range(2)
+            nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width)) for _ in range(2)
         )
         if n_embedding:
-            self.modulation = nn.Linear(n_embedding, 4 * width)
+            self.modulation = Linear(n_embedding, 4 * width)
 
     def forward(self, z, embedding):
         h = self.input(z)
@@ -160,7 +160,7 @@ class _ImageTrunk(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.GroupNorm(min(32, width // _GROUP_WIDTH * 2), 2 * width)
         self.grid = tuple(max(1, min(8, n >> (n_levels - 1))) for n in shape[1:])
-        self.pool = nn.Linear(2 * width * self.grid[0] * self.grid[1], self.n_features)
+        self.pool = Linear(2 * width * self.grid[0] * self.grid[1], self.n_features)
 
     def forward(self, z, embedding):
         h = self.input(z)

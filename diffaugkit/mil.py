@@ -28,6 +28,7 @@ from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.diffusion import sample_in_batches
 from diffaugkit.encoder_fits import auto_epochs
+from diffaugkit.networks import Linear
 from diffaugkit.rows import Rows
 from diffaugkit.runtime import isolated_rng
 
@@ -432,18 +433,18 @@ class BagNetwork(nn.Module):
         self.pooling = pooling
         layers, width = [], n_features
         for size in hidden_sizes:
-            layers += [nn.Linear(width, size), nn.ReLU()]
+            layers += [Linear(width, size), nn.ReLU()]
             width = size
         self.instance = nn.Sequential(*layers, nn.Dropout(dropout))
         if pooling in ("gated", "attention"):
-            self.tangent = nn.Linear(width, n_attention)
+            self.tangent = Linear(width, n_attention)
             # The bias would shift all instances alike. All start with equal shares, as the mean:
             # from a random start attention was seen to turn away from what decides, and stay there.
-            self.weight = nn.Linear(n_attention, 1, bias=False)
+            self.weight = Linear(n_attention, 1, bias=False)
             nn.init.zeros_(self.weight.weight)
         if pooling == "gated":
-            self.gate = nn.Linear(width, n_attention)
-        self.output = nn.Linear(width, n_classes)
+            self.gate = Linear(width, n_attention)
+        self.output = Linear(width, n_classes)
 
     def forward(self, bags, inside):
         """Scores (B, K) and shares (B, L) of padded bags (B, L, d), `inside` (B, L) bool."""

@@ -206,6 +206,12 @@ class PretrainedUNet(TorchEstimator):
         own = type(self).__name__
         return ImageList(parts, [reading_range(own, part, self._pixel_range) for part in parts])
 
+    def _read_pool(self, unlabeled, images):
+        """Images to pre-train on: `unlabeled`, or the labelled ones where it is None."""
+        if unlabeled is None:
+            return images
+        return self._read(unlabeled, reset=False, name="unlabeled").loaded()
+
     def _gated(self, X, reset):
         # After fit images may have any size, so the gate learns the size anew, on a stand-in.
         learner = self if reset else type(self)(**self.get_params(deep=False))

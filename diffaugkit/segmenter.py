@@ -264,11 +264,7 @@ class DiffusionSegmenter(PretrainedUNet):
             )
         images = self._read(X, reset=True).loaded()
         targets = self._encode(read_masks(masks, images))
-        pool = (
-            images
-            if unlabeled is None
-            else self._read(unlabeled, reset=False, name="unlabeled").loaded()
-        )
+        pool = self._read_pool(unlabeled, images)
         seed = self._seed()
         train, held = self._split(len(images), groups, seed)
         self.patch_shape_ = self._make_patch_shape(images)

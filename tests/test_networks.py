@@ -13,6 +13,7 @@ from diffaugkit.networks import (
     DINOHead,
     EmbeddingMLP,
     ImageEmbedder,
+    Linear,
     class_attention,
     feature_width,
     image_features,
@@ -481,3 +482,15 @@ def test_a_module_is_copied():
     assert made is not own
     assert feature_width(made, (2, 2, 3)) == 5
     assert torch.equal(made[1].weight, own[1].weight)
+
+
+@pytest.mark.parametrize("n_out", [1, 2, 4, 8, 11, 16])
+@pytest.mark.parametrize("n_in", [5, 6, 50, 256])
+def test_linear_rounds_a_row_the_same_wherever_it_stands(n_in, n_out):
+    generator = torch.Generator().manual_seed(0)
+    layer = Linear(n_in, n_out).eval()
+    x = torch.randn(1, n_in, generator=generator).repeat(64, 1)
+    y = layer(x)
+    assert torch.equal(y, y[:1].expand_as(y))
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.weight, layer.bias))
+    assert layer(x[None]).shape == (1, 64, n_out)
