@@ -36,9 +36,18 @@ __all__ = [
     "TorchTransformer",
     "_fit_context",
     "all_or_nothing",
+    "described",
 ]
 
 _CHILD = 3
+# What does not shape a fit, or what the loop compares itself: its settings, data and weights.
+_SEEN_ELSEWHERE = frozenset(
+    (
+        *("device", "precision", "compile", "random_state", "verbose", "callbacks"),
+        *("checkpoint_dir", "store_dir", "max_epochs", "batch_size", "learning_rate"),
+        *("layer", "image_shape", "pretrained", "download"),
+    )
+)
 
 
 def all_or_nothing(fit):
@@ -120,6 +129,9 @@ class TorchEstimator(BaseEstimator):
         "checkpoint_dir": [str, os.PathLike, None],
         "callbacks": [callable, list, tuple, None],
     }
+
+    # Parameters that no training sees, so that a killed fit may go on with others.
+    _used_later: tuple = ()
 
     def _build(self):
         """Make the module, on the CPU, from ``get_params()`` and a few fitted scalars.
@@ -205,6 +217,7 @@ class TorchEstimator(BaseEstimator):
         """
         names = ("max_epochs", "learning_rate", "precision", "compile", "callbacks")
         common = {name: getattr(self, name) for name in (*names, "checkpoint_dir", "verbose")}
+        common["identity"] = described(self)
         description = getattr(self, "_description", type(self).__name__)
         common |= {"device": self._device(), "seed": seed, "description": description}
         return fit_loop(module, loss_fn, batches, **common | options)
@@ -227,6 +240,41 @@ class TorchTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchE
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
+
+
+def described(value):
+    """Describe a parameter or an estimator in values of JSON: equal where the fits would be.
+
+    An estimator is its parameters but for those that training does not see, or that the loop and
+    the data account for themselves. A function or a module goes by its name: weights are compared
+    elsewhere.
+
+    Examples
+    --------
+    >>> from sklearn.decomposition import PCA
+    >>> described({"part": PCA(2, random_state=0), "sizes": (8, 8)})["sizes"]
+    [8, 8]
+    """
+    if isinstance(value, BaseEstimator):
+        left_out = _SEEN_ELSEWHERE.union(getattr(value, "_used_later", ()))
+        given = value.get_params(deep=False).items()
+        return {"class": type(value).__name__} | {
+            name: described(item) for name, item in given if name not in left_out
+        }
+    if isinstance(value, np.generic):
+        return described(value.item())
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [described(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): described(item) for name, item in value.items()}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "__array__") and not isinstance(value, torch.Tensor):
+        return described(np.asarray(value).tolist())
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _on_cpu(value):

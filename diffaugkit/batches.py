@@ -68,13 +68,22 @@ class Batches:
         return _ahead(batches) if self._reads and self.device.type == "cuda" else batches
 
     def fingerprint(self):
-        """Values that tell these batches from others: sizes, seed, and a digest of some rows."""
-        sample = np.linspace(0, self.n_samples - 1, min(self.n_samples, 256)).astype(np.int64)
+        """Values that tell these batches from others: sizes, seed, and a digest of the rows.
+
+        Of all rows in memory, and of 256 of what would have to be read, which takes long.
+        """
+        everywhere = torch.arange(self.n_samples).split(256)
+        some = np.linspace(0, self.n_samples - 1, min(self.n_samples, 256)).astype(np.int64)
         digest = hashlib.sha256()
         for source in self.sources:
-            rows = None if source is None else take(source, torch.from_numpy(sample)).cpu()
-            digest.update(repr(None if rows is None else (rows.shape, rows.dtype)).encode())
-            digest.update(b"" if rows is None else rows.contiguous().view(torch.uint8).numpy())
+            digest.update(repr(None if source is None else tuple(source.shape)).encode())
+            if source is None:
+                continue
+            in_memory = getattr(source, "in_memory", True)
+            for part in everywhere if in_memory else [torch.from_numpy(some)]:
+                rows = take(source, part).detach().cpu()
+                digest.update(repr(rows.dtype).encode())
+                digest.update(rows.contiguous().view(torch.uint8).numpy())
         return {
             "n_samples": self.n_samples,
             "batch_size": self.batch_size,

@@ -34,6 +34,7 @@ from diffaugkit.base import (
     TorchTransformer,
     _fit_context,
     all_or_nothing,
+    described,
 )
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
@@ -470,6 +471,7 @@ class DiffAugEM(TorchTransformer):
             loss,
             batches,
             seed=self._child_seed(seed, 40 + number),
+            identity={"encoder": described(encoder), "diffusion": described(diffusion)},
             warmup=0.05,
             grad_clip=5.0,
         )

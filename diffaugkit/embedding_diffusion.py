@@ -238,6 +238,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         "_pixel_range",
         "_layout",
     )
+    _used_later = ("guidance_scale", "clip_sample", "sampler", "n_sampling_steps")
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ from diffaugkit.base import (
     TorchTransformer,
     _fit_context,
     all_or_nothing,
+    described,
 )
 from diffaugkit.data import check_X
 from diffaugkit.embedding_diffusion import (
@@ -442,13 +443,13 @@ class GenSIS(TorchTransformer):
         if folder is not None:
             folder = Path(folder) / name
             generator = getattr(diffusion, "estimator", diffusion)
+            parts = [part.module_ for part in (generator, generator.autoencoder_) if part]
             settings = {
                 "seed": int(seed),
-                "generator": fingerprint(generator.module_),
+                "generator": fingerprint(*parts),
                 "conditions": fingerprint(conditions),
-                "guidance_scale": float(generator.guidance_scale),
-                "sampler": generator.sampler,
-                "n_sampling_steps": int(generator.n_sampling_steps),
+                **described(generator),
+                **{name: getattr(generator, name) for name in generator._used_later},
             }
 
         def generate(index):

@@ -41,6 +41,7 @@ from diffaugkit.base import (
     TorchEstimator,
     _fit_context,
     all_or_nothing,
+    described,
 )
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
@@ -65,6 +66,12 @@ from diffaugkit.spaces import CopySpace, space_from_state
 __all__ = ["HistoDiffusionAugmenter"]
 
 _DIFFUSION, _ENCODER, _AUXILIARY, _DECODER, _CLASSIFIER, _SAMPLES = range(6)
+# What each of the three fits depends on beside data and weights.
+_SHAPE = {
+    "auxiliary": ("class_weight",),
+    "decoder": ("class_weight", "auxiliary_weight"),
+    "classifier": ("class_weight", "noised_classifier", "diffusion"),
+}
 # Draws of candidates for a class before it goes short.
 _MOST_ROUNDS = 5
 # Candidates of each kind and class that are kept for a look at them.
@@ -667,6 +674,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             warmup=0.05,
             grad_clip=1.0,
             checkpoint_dir=self._folder(phase),
+            identity={name: described(getattr(self, name)) for name in _SHAPE[phase]},
             description=f"{type(self).__name__} {phase}",
             **options,
         )

@@ -23,11 +23,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffaugkit.arrays import check_groups, refuse_missing, some, to_numpy
-from diffaugkit.base import Interval, StrOptions, TorchEstimator, _fit_context, all_or_nothing
+from diffaugkit.base import (
+    Interval,
+    StrOptions,
+    TorchEstimator,
+    _fit_context,
+    all_or_nothing,
+    described,
+)
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.diffusion import sample_in_batches
 from diffaugkit.encoder_fits import auto_epochs
+from diffaugkit.image_store import fingerprint
 from diffaugkit.networks import Linear
 from diffaugkit.rows import Rows
 from diffaugkit.runtime import isolated_rng
@@ -241,6 +249,7 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
             weight_decay=self.weight_decay,
             warmup=0.05,
             grad_clip=5.0,
+            identity=self._identity(instances, bags, index),
         )
         self.history_, self.n_iter_ = pd.DataFrame(history), len(history)
         return self
@@ -355,6 +364,12 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
             return rows, _spans(np.arange(1, len(rows) + 1)), np.arange(len(rows))
         _, bag, counts = np.unique(groups, return_inverse=True, return_counts=True)
         return rows, _spans(np.cumsum(counts)), np.argsort(bag, kind="stable")
+
+    def _identity(self, instances, bags, index):
+        """Tell this fit from others, as its batches hold numbers of bags only."""
+        if self.checkpoint_dir is None:
+            return None
+        return described(self) | {"bags": fingerprint(instances, bags, index)}
 
     def _each(self, X, groups):
         """Probabilities and shares of each bag, which no other bag of its batch changes."""

@@ -16,7 +16,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from diffaugkit.arrays import check_groups
-from diffaugkit.base import HasMethods, Interval, StrOptions, TorchEstimator
+from diffaugkit.base import HasMethods, Interval, StrOptions, TorchEstimator, described
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.denoisers import UNetDenoiser, unet_size
@@ -33,6 +33,8 @@ from diffaugkit.segmentation_networks import AttentionUNet
 __all__ = ["PretrainedUNet"]
 
 _PRETEXTS = ("diffusion", "inpainting", "context_restoration")
+# What the first phase depends on: one pre-training may serve fine-tunings of several kinds.
+_SHAPE_PRETRAINING = ("pretext", "loss_weighting", "n_timesteps", "augment")
 _LARGEST_AUTO_PATCH = 128
 _PAPER_WIDTHS = (64, 128, 256, 512)
 
@@ -63,6 +65,8 @@ class PretrainedUNet(TorchEstimator):
         "pretrain_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "max_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
     }
+
+    _used_later = ("pretrain_epochs",)  # the weights that it leads to tell
 
     def _pretrain(self, images, seed):
         """Phase one: the U-Net after its pretext task, and what it logged."""
@@ -103,6 +107,7 @@ class PretrainedUNet(TorchEstimator):
             warmup=0.05,
             grad_clip=1.0,
             checkpoint_dir=self._folder("pretraining"),
+            identity={name: described(getattr(self, name)) for name in _SHAPE_PRETRAINING},
         )
         return denoiser.cpu(), [{"phase": "pretraining", **row} for row in history]
 

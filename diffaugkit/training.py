@@ -17,6 +17,7 @@ trains on all of them. A process on its own needs none of it and goes without.
 import contextlib
 import hashlib
 import math
+import time
 import traceback
 from pathlib import Path
 
@@ -43,6 +44,8 @@ __all__ = ["NonFiniteLossError", "fit_loop", "scheduled_rate"]
 _STEP = 1
 # On an accelerator every look at a loss waits for the device, so it happens this often.
 _LOOK_EVERY = 50
+# A killed fit loses no more work than this, however long an epoch is.
+_CHECKPOINT_SECONDS = 600.0
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -56,12 +59,21 @@ class NonFiniteLossError(FloatingPointError):
         Epoch of the first bad value, from 0.
     batch : int or None, default=None
         Batch of the first bad value within that epoch, from 0; None if only the weights showed it.
+
+    Attributes
+    ----------
+    module : nn.Module or None
+        What was trained, with the weights of the end of the epoch before. The estimator whose
+        ``fit`` failed is as it was before the call.
+    history : list of dict
+        Whole epochs until then.
     """
 
     def __init__(self, message, epoch, batch=None):
         super().__init__(message)
         self.epoch = epoch
         self.batch = batch
+        self.module, self.history = None, []
 
 
 # ---- schedule and averages -----------------------------------------------------------------------
@@ -160,6 +172,7 @@ def fit_loop(
     checkpoint_dir=None,
     checkpoint_every=1,
     checkpoint_every_steps=None,
+    identity=None,
     verbose=0,
     description="",
 ):
@@ -224,7 +237,11 @@ def fit_loop(
     checkpoint_every : int, default=1
         Epochs between checkpoints.
     checkpoint_every_steps : int or None, default=None
-        Optimiser steps between further checkpoints within an epoch.
+        Optimiser steps between further checkpoints within an epoch. In one process there is one
+        every ten minutes anyway.
+    identity : dict or None, default=None
+        What else tells this fit from others (what the loss depends on beside module and batches),
+        as values of JSON: a checkpoint is taken up only where it is the same.
     verbose : int, default=0
         From 1 on a progress bar.
     description : str, default=""
@@ -300,6 +317,7 @@ def fit_loop(
         state = _State(module, average, optimizer, log)
         if checkpoint_dir is not None:
             settings |= {"steps_per_epoch": steps_per_epoch, "processes": processes.world}
+            settings = {**(identity or {}), **settings}
             state.open(Path(checkpoint_dir) / "training", settings, batches)
         good = _Snapshot(module)
         if compile:
@@ -361,11 +379,8 @@ def fit_loop(
                     if average is not None:
                         average.update(module, state.step)
                     state.step += 1
-                    if (
-                        checkpoint_every_steps
-                        and state.step % checkpoint_every_steps == 0
-                        and state.batch < steps_per_epoch
-                    ):
+                    due = checkpoint_every_steps and state.step % checkpoint_every_steps == 0
+                    if state.batch < steps_per_epoch and (due or state.is_old(processes)):
                         log.look()
                         good.check(state.epoch)
                         state.save(processes)
@@ -388,6 +403,7 @@ def fit_loop(
         except Exception as error:
             if isinstance(error, NonFiniteLossError):
                 good.restore()
+                error.module, error.history = module, state.history
             if batch is None or not _is_out_of_memory(error):
                 raise
             message = _what_fits(step_module, batch, error, device, processes.world)
@@ -548,8 +564,8 @@ def _not_finite(what, value, epoch, batch=None):
     where = f"epoch {epoch}" + ("" if batch is None else f", batch {batch}")
     return NonFiniteLossError(
         f"{what} became {value} in {where} (counted from 0); the weights of the end of the epoch "
-        "before are back. Lower learning_rate, use precision='fp32', or look for extreme values in "
-        "X, whose features should have a spread near 1.",
+        "before are in this error's `module`. Lower learning_rate, use precision='fp32', or look "
+        "for extreme values in X, whose features should have a spread near 1.",
         epoch,
         batch,
     )
@@ -599,7 +615,7 @@ class _State:
         self.history = []
         self.finished = False
         self._module, self._average, self._optimizer, self._log = module, average, optimizer, log
-        self._folder = None
+        self._folder, self._saved_at = None, time.monotonic()
 
     def open(self, folder, settings, batches):
         """Go on from the checkpoint in the folder, if there is one."""
@@ -648,9 +664,16 @@ class _State:
                 tensor = torch.empty_like(own, dtype=tensor.dtype).copy_(tensor)
             self._optimizer.state[own][key] = tensor.to(own.device)
 
+    def is_old(self, processes):
+        """Whether a crash would cost too much work; processes have no clock in common."""
+        if self._folder is None or processes.world > 1:
+            return False
+        return time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS
+
     def save(self, processes):
         if self._folder is None:
             return
+        self._saved_at = time.monotonic()
         if processes.rank == 0:
             tensors = {f"module.{k}": v for k, v in self._module.state_dict().items()}
             if self._average is not None:

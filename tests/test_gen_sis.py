@@ -1,5 +1,7 @@
 """Gen-SIS: three stages through public parts, generated images made once, alphas and partners."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -212,6 +214,19 @@ def test_a_killed_fit_goes_on(X, tmp_path, monkeypatch, recorded):
     resumed = tiny(n_views=2, checkpoint_dir=tmp_path).fit(X)
     assert len(recorded["sample"]) == n_calls
     np.testing.assert_array_equal(whole.transform(X), resumed.transform(X))
+
+
+def test_a_store_of_other_samples_is_refused(X, fitted, tmp_path):
+    generator = copy.deepcopy(fitted.diffusion_)
+    options = {"diffusion": FrozenEstimator(generator), "store_dir": tmp_path}
+    tiny(**options).fit(X)
+    tiny(**options).fit(X)
+    for changed in ({"condition_noise": 5.0}, {"clip_sample": False}, {"n_sampling_steps": 3}):
+        before = {name: getattr(generator, name) for name in changed}
+        generator.set_params(**changed)
+        with pytest.raises(ValueError, match=f"{next(iter(changed))} .* there, .* here"):
+            tiny(**options).fit(X)
+        generator.set_params(**before)
 
 
 def test_save_and_load(X, fitted, tmp_path):

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 import diffaugkit
-from diffaugkit import DiffAugEM, EmbeddingConditionedDiffusion, SelfSupervisedEncoder
+from diffaugkit import (
+    AttentionMILClassifier,
+    DiffAugEM,
+    EmbeddingConditionedDiffusion,
+    SelfSupervisedEncoder,
+    encoder_fits,
+    training,
+)
 
 ROOT = Path(__file__).parents[1]
 SCHEDULE = (4, 4, 4, 3, 4)
@@ -163,6 +170,89 @@ def test_checkpoints_of_another_fit_are_refused(tmp_path):
         other.set_params(checkpoint_dir=tmp_path, schedule=(2, 1, 2))
         with pytest.raises(ValueError, match="holds the checkpoint of another fit"):
             other.fit(changed)
+
+
+def bags(seed=0):
+    rng = np.random.default_rng(seed)
+    y = np.arange(12) % 2
+    return [rng.normal(size=(3, 4)) + 3 * label for label in y], y
+
+
+def small(kind, **more):
+    part = getattr(model(), kind).set_params(max_epochs=1, random_state=0)
+    return part.set_params(encoder=None, **more) if kind == "diffusion" else part.set_params(**more)
+
+
+SHAPING = [
+    (small, "encoder", {"nu_projection": 0.01}, r"nu_projection \(1\.0 there, 0\.01 here\)"),
+    (small, "encoder", {"method": "simclr"}, "method"),
+    (small, "encoder", {"n_neighbors": 5}, "n_neighbors"),
+    (small, "diffusion", {"prediction_type": "sample"}, "prediction_type"),
+    (small, "diffusion", {"beta_schedule": "linear"}, "beta_schedule"),
+    (small, "diffusion", {"loss_weighting": "p2"}, "loss_weighting"),
+    (small, "diffusion", {"n_timesteps": 50}, "n_timesteps"),
+]
+
+
+@pytest.mark.parametrize(("make", "kind", "changed", "named"), SHAPING)
+def test_what_shapes_a_fit_is_part_of_its_checkpoint(tmp_path, make, kind, changed, named):
+    X = data()
+    make(kind, checkpoint_dir=tmp_path).fit(X)
+    with pytest.raises(ValueError, match=f"another fit; it differs in .*{named}"):
+        make(kind, checkpoint_dir=tmp_path, **changed).fit(X)
+
+
+def test_what_is_used_after_a_fit_may_change(tmp_path):
+    X, later = data(), {"guidance_scale": 2.0, "sampler": "ddim", "n_sampling_steps": 3}
+    first = small("diffusion", checkpoint_dir=tmp_path).fit(X)
+    second = small("diffusion", checkpoint_dir=tmp_path, verbose=1, **later).fit(X)
+    for a, b in zip(first.module_.parameters(), second.module_.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_one_changed_row_is_other_data(tmp_path):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(600, 6)).astype("f4")
+    y = rng.integers(2, size=600)
+    small("encoder", checkpoint_dir=tmp_path / "rows").fit(X)
+    X[1] += 1  # none of 256 evenly spaced rows
+    with pytest.raises(ValueError, match="differs in data"):
+        small("encoder", checkpoint_dir=tmp_path / "rows").fit(X)
+    options = {"schedule": (1, 1, 1), "condition": "supervised"}
+    model(**options, checkpoint_dir=tmp_path / "labels").fit(X, y)
+    y[1] = 1 - y[1]
+    with pytest.raises(ValueError, match="differs in data"):
+        model(**options, checkpoint_dir=tmp_path / "labels").fit(X, y)
+
+
+def test_the_instances_of_bags_are_part_of_a_checkpoint(tmp_path):
+    def classifier():
+        return AttentionMILClassifier(max_epochs=2, random_state=0, checkpoint_dir=tmp_path)
+
+    X, y = bags()
+    classifier().fit(X, y)
+    classifier().fit(X, y)
+    with pytest.raises(ValueError, match="differs in bags"):
+        classifier().fit(bags(seed=1)[0], y)
+
+
+def test_a_long_epoch_is_saved_by_the_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_CHECKPOINT_SECONDS", 0.0)
+    X, calls = data(), [0]
+    loss = encoder_fits.VectorFit.loss
+
+    def dies(self, *batch):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        return loss(self, *batch)
+
+    monkeypatch.setattr(encoder_fits.VectorFit, "loss", dies)
+    with pytest.raises(KeyboardInterrupt):  # in the last batch of the first epoch
+        small("encoder", checkpoint_dir=tmp_path).fit(X)
+    resumed = small("encoder", checkpoint_dir=tmp_path).fit(X)
+    assert calls[0] == 4  # two batches were kept
+    np.testing.assert_array_equal(resumed.transform(X), small("encoder").fit(X).transform(X))
 
 
 @pytest.mark.parametrize("kind", ["encoder", "diffusion"])

@@ -576,3 +576,17 @@ def test_a_killed_fit_goes_on(data, tmp_path, phase):
     resumed = tiny(**options, checkpoint_dir=tmp_path).fit(X, masks)
     np.testing.assert_array_equal(resumed.predict_proba(X), whole.predict_proba(X))
     assert resumed.history_.equals(whole.history_)
+
+
+def test_a_checkpoint_is_of_its_loss_and_masks_and_one_pretraining_serves_all(data, tmp_path):
+    X, masks = data
+    options = {"validation_fraction": 0.0, "checkpoint_dir": tmp_path}
+    tiny(**options).fit(X, masks)
+    with pytest.raises(ValueError, match=r"finetuning.*another fit; it differs in loss"):
+        tiny(**options, loss="cross_entropy").fit(X, masks)
+    with pytest.raises(ValueError, match=r"pretraining.*another fit; it differs in pretext"):
+        tiny(**options, pretext="inpainting").fit(X, masks)
+    changed = [mask.copy() for mask in masks]
+    changed[-1][:2] = 1 - changed[-1][:2]
+    with pytest.raises(ValueError, match=r"finetuning.*another fit; it differs in data"):
+        tiny(**options).fit(X, changed)

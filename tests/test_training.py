@@ -326,6 +326,8 @@ def test_a_bad_loss_is_named_and_the_last_good_weights_return(toy, value):
     assert isinstance(caught.value, FloatingPointError)
     assert len(ends) == 1
     assert same(module, ends[0])
+    assert caught.value.module is module
+    assert [row["epoch"] for row in caught.value.history] == [0]
 
 
 def test_a_bad_first_epoch_gives_the_start_back(toy):
