@@ -536,7 +536,7 @@ def _labels_of_bags(y, n_bags, groups):
         return labels
     names, first, bag = np.unique(column_or_1d(groups), return_index=True, return_inverse=True)
     per_bag, per_row = len(labels) == len(names), len(labels) == len(bag)
-    index = _index_of_names(y, names)
+    index, names = _index_of_names(y, names)
     if per_bag and index is not None and index.is_unique and index.isin(names).all():
         return labels[index.get_indexer(names)]
     if not per_row and (index is not None or not per_bag):
@@ -555,14 +555,22 @@ def _labels_of_bags(y, n_bags, groups):
 
 
 def _index_of_names(y, names):
-    """Index of y where it holds any of these names, else None."""
+    """Index of y where it names bags, else None, and the names in the same form."""
     import pandas as pd
 
     index = getattr(y, "index", None)
     # 0, 1, ... is what pandas counts where nobody named anything; the index of a list is a method.
     if not isinstance(index, pd.Index) or index.equals(pd.RangeIndex(len(index))):
-        return None
-    return index if index.nlevels == 1 and index.isin(names).any() else None
+        return None, names
+    if index.nlevels > 1:
+        return None, names
+    # A table's numbers 7, 10 are the slides "7", "10" of files: by position they would go wrong.
+    text = index.astype(str), names.astype(str)
+    for found, known in ((index, names), text):
+        if found.isin(known).any():
+            return found, known
+    # Numbers of rows, as a split leaves them, name nothing; words name other bags than these.
+    return (None if pd.api.types.is_numeric_dtype(index.dtype) else index), names
 
 
 def _differences(index, names):

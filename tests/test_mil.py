@@ -140,18 +140,23 @@ def table(data):
     return np.concatenate(bags), np.repeat(names, [len(bag) for bag in bags]), names
 
 
-@pytest.mark.parametrize("kind", ["object", "category", "int"])
+@pytest.mark.parametrize("kind", ["object", "category", "int", "numbers of files"])
 def test_labels_go_by_the_names_in_their_index(data, fitted, table, kind):
     bags, y = data
     X, groups, names = table
     if kind == "int":
         names, groups = np.arange(20), np.char.replace(groups, "slide ", "").astype(int)
+    if kind == "numbers of files":  # "10" to "29" as the names of files, numbers in the table
+        groups = np.char.replace(groups, "slide ", "").astype(int) + 10
+        names, groups = np.arange(20) + 10, groups.astype(str)
+        kind = "int"
     slides = pd.DataFrame({"slide": names, "label": y}).sample(frac=1, random_state=0)
     labels = slides.astype({"slide": kind}).set_index("slide")["label"]
     assert (labels.to_numpy() != y).any()
     model = tiny().fit(X, labels, groups=groups)
     np.testing.assert_array_equal(model.predict_proba(bags), fitted.predict_proba(bags))
     assert model.score(X, labels, groups=groups) == fitted.score(bags, y)
+    names = np.unique(groups)
     first = [np.flatnonzero(groups == name)[0] for name in names]  # bags of one row
     assert model.score(X[first], labels, groups=names) == fitted.score([b[:1] for b in bags], y)
 
@@ -175,6 +180,7 @@ def test_an_index_that_names_no_bags_is_no_matter(data, fitted, table):
     [
         ({"a": 0, "b": 1, "c": 1}, r"3 labels, but groups name 2 bags \(8 rows\); .* y only: c\."),
         ({"a": 0, "c": 1}, "in the index of y only: c; in groups only: b"),
+        ({"A": 0, "B": 1}, "in the index of y only: A, B; in groups only: a, b"),
         ({"a": 0}, "y has 1 labels, .* in groups only: b"),
         (pd.Series([0, 1], index=["a", "a"]), "in groups only: b; repeated in the index of y: a"),
         ([0, 1, 1], r"y has 3 labels, but groups name 2 bags \(8 rows\)\. Give"),
