@@ -332,9 +332,17 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         UserWarning
             If most of what is added nearly copies real samples.
         """
+        targets = read_targets(y)
+        self._wanted(targets)
+        self._alphas()
+
+        def check(rows, conditional):
+            check_consistent_length(range(len(rows)), targets.labels)
+            check_groups(groups, len(rows))
+            self._check_condition(conditional)
+
         # What can be refused is refused before minutes of training.
-        self._wanted(read_targets(y))
-        self._fit(X, y)
+        self._fit(X, y, check)
         # Two decorators stand between this method and its caller, whose line a warning names.
         return self._resample(X, y, groups, depth=6)
 
@@ -364,7 +372,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
 
     # ---- the generator ---------------------------------------------------------------------------
 
-    def _fit(self, X, y):
+    def _fit(self, X, y, check=None):
         seed = self._seed()
         if isinstance(self.diffusion, FrozenEstimator):
             self.diffusion_ = self.diffusion
@@ -389,6 +397,8 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
                 ensure_min_samples=2,
                 ensure_min_features=2,
             )
+            if check is not None:
+                check(rows, diffusion.encoder is not None)
             diffusion.fit(rows, y)
             diffusion.set_params(checkpoint_dir=None)
             self.diffusion_ = diffusion
@@ -439,7 +449,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         groups = check_groups(groups, len(rows))
         wanted = self._wanted(targets)
         views = _Views(generator, rows)
-        self._check_condition(generator)
+        self._check_condition(generator._condition is not None)
 
         plans = self._plan(targets, groups, wanted)
         found, counts = self._generate(views, targets, plans, wanted)
@@ -457,8 +467,8 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         )
         return X_out, take_like(y, indices)
 
-    def _check_condition(self, generator):
-        if generator._condition is not None:
+    def _check_condition(self, conditional):
+        if conditional:
             return
         if self.strategy == "interpolation":
             raise ValueError("strategy='interpolation' needs a model with an encoder.")
@@ -468,12 +478,15 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
                 "strength below 1, which starts from a labelled sample, or a model with an encoder."
             )
 
-    def _plan(self, targets, groups, wanted):
-        """Draw the candidates of each class: source, partner (-1: none) and share of the source."""
+    def _alphas(self):
         alphas = np.atleast_1d(np.asarray(self.alpha, dtype=np.float64))
         if not (alphas.size and alphas.min() >= 0 and alphas.max() <= 1):
             raise ValueError(f"alpha={self.alpha!r} must be in [0, 1], or several such values.")
-        plans = {}
+        return alphas
+
+    def _plan(self, targets, groups, wanted):
+        """Draw the candidates of each class: source, partner (-1: none) and share of the source."""
+        plans, alphas = {}, self._alphas()
         for number, (name, members) in enumerate(targets.members().items()):
             rng = np.random.default_rng(mix_seed(self._sampling_seed, 1, number))
             n = wanted.get(name, 0) * self.max_attempts

@@ -259,6 +259,11 @@ class LatentAutoencoder(TorchTransformer):
         max_epochs = self.max_epochs
         if max_epochs == "auto":
             max_epochs = max(10, min(300, -(-4_000 // steps))) if self.pretrained is None else 0
+        if not max_epochs and self.pretrained is None:
+            raise ValueError(
+                "max_epochs=0 keeps the weights of pretrained=, but there are none: random weights "
+                "encode nothing."
+            )
         history = []
         if max_epochs:
             state = _Fit(self, networks, self._device())

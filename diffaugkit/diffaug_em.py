@@ -224,7 +224,7 @@ class DiffAugEM(TorchTransformer):
             encoder.set_params(positives_prob=self.augmentation_prob)
         self._check_frozen(encoder, diffusion)
         if not isinstance(diffusion, FrozenEstimator):
-            diffusion._check_parts(rows.is_image, conditional=True)
+            diffusion._check_parts(rows, conditional=True)
         fitted, positives, history = None, None, []
 
         schedule = self._schedule(encoder, len(rows), "images" if rows.is_image else "vectors")

@@ -352,7 +352,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         )
         seed = self._seed()
         encoder = None
-        self._check_parts(rows.is_image, embeddings is not None or self.encoder is not None)
+        self._check_parts(rows, embeddings is not None or self.encoder is not None)
         if embeddings is None and self.encoder is not None:
             encoder = self._make_encoder(seed)
             given = _as_given(encoder, rows)
@@ -592,15 +592,15 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             part.set_params(checkpoint_dir=self._folder(name))
         return part.fit(*given).set_params(checkpoint_dir=own)
 
-    def _check_parts(self, is_image, conditional):
+    def _check_parts(self, rows, conditional):
         """Refuse parts that do not fit the data, before any of them is trained."""
         if isinstance(self.denoiser, nn.Module):
             check_signature(self.denoiser, conditional)
         else:
-            self._denoiser_name(is_image)
+            self._denoiser_name(rows.is_image)
         if self.autoencoder is None:
             return
-        if not is_image:
+        if not rows.is_image:
             raise ValueError("autoencoder is for images; vectors are compressed by n_pcs.")
         if self.random_flip:
             raise ValueError(
@@ -609,6 +609,11 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             )
         if isinstance(self.autoencoder, FrozenEstimator):
             check_is_fitted(self.autoencoder.estimator)
+            known = self.autoencoder.estimator.image_shape_
+            if rows.shape[1] != known[2]:
+                raise ValueError(
+                    f"X has {rows.shape[1]} channels, but the autoencoder was fitted on {known[2]}."
+                )
 
     def _denoiser_name(self, is_image):
         name = self.denoiser

@@ -235,7 +235,11 @@ class GenSIS(TorchTransformer):
         interpolates = self._interpolates(encoder)
         diffusion = self._generator(seed)
         if isinstance(diffusion, EmbeddingConditionedDiffusion):
-            diffusion._check_parts(is_image=True, conditional=True)
+            diffusion._check_parts(rows, conditional=True)
+        elif isinstance(diffusion, FrozenEstimator) and diffusion.estimator._condition is None:
+            raise ValueError(
+                "The frozen diffusion is unconditional: it cannot generate views of an image."
+            )
 
         # Stage 1: hand-made views alone.
         if not isinstance(vanilla, FrozenEstimator):

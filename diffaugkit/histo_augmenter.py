@@ -551,24 +551,27 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             check_consistent_length(range(len(rows)), codes)
         else:
             diffusion = generator = self._make_diffusion(seed)
-            rows = check_X(
-                self,
-                X,
-                reset=True,
-                layer=diffusion.layer,
-                image_shape=diffusion.image_shape,
-                images=True,
-                allow_counts=False,
-                ensure_min_samples=2,
-                ensure_min_features=2,
-            )
+            gate = {
+                "layer": diffusion.layer,
+                "image_shape": diffusion.image_shape,
+                "images": True,
+                "allow_counts": False,
+            }
+            least = {"ensure_min_samples": 2, "ensure_min_features": 2}
+            rows = check_X(self, X, reset=True, **gate, **least)
             check_consistent_length(range(len(rows)), codes)
+            if unlabeled is not None:
+                # X as the generator will read it, before it learns from the pool.
+                reader = clone(diffusion)
+                try:
+                    check_X(reader, unlabeled, reset=True, **gate, **least)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"unlabeled: {error}") from error
+                check_X(reader, X, reset=False, **gate)
             if not rows.is_image and len(rows) * rows.n_features <= _DENSE_VALUES:
                 rows = DenseRows(rows[:].numpy(), rows.feature_names)
             if self.diffusion == "auto" and rows.is_image and max(rows.shape[2:]) >= _LARGE:
-                names = ("device", "precision", "compile", "verbose")
-                common = {name: getattr(self, name) for name in names}
-                diffusion.set_params(autoencoder=LatentAutoencoder(**common))
+                diffusion.set_params(autoencoder=self._hand_over(LatentAutoencoder()))
             own = diffusion.checkpoint_dir
             if own is None:
                 diffusion.set_params(checkpoint_dir=self._folder("diffusion"))
@@ -582,9 +585,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
 
     def _make_diffusion(self, seed):
         if isinstance(self.diffusion, str):
-            names = ("device", "precision", "compile", "verbose")
-            common = {name: getattr(self, name) for name in names}
-            diffusion = EmbeddingConditionedDiffusion(encoder=None, **common)
+            diffusion = self._hand_over(EmbeddingConditionedDiffusion(encoder=None))
         else:
             diffusion = clone(self.diffusion)
         if diffusion.random_state is None:

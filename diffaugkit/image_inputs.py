@@ -1,6 +1,7 @@
 """Which container of images X is, and on which scale its pixels are read after ``fit``."""
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from diffaugkit.image_rows import ImageRows
 from diffaugkit.rows import Rows
 
 __all__ = ["is_a", "reading_range", "rows_of_images"]
+
+# Images that are all darker than this share of the brightest pixel of the fit were divided by it.
+_LEAST_SHARE = 0.05
 
 
 def is_a(X, package, name):
@@ -181,14 +185,20 @@ def reading_range(name, rows, known):
     if by_type:
         if own == (0.0, 1.0):
             return own
+        values = "floats" if np.dtype(rows.dtype).kind == "f" else rows.dtype
+        bits = 8 if known[1] < 256 else 16
         raise ValueError(
-            f"X holds floats from {low:g} to {high:g}, but {fitted}. Give integers of that type, "
-            "or floats from 0 to 1."
+            f"X holds {values} from {low:g} to {high:g}, but {fitted}. Give integers of "
+            f"{bits} bits, X.astype(np.uint{bits}), or floats from 0 to 1."
         )
     # A little more than at fit is usual (a MinMaxScaler meets new data); twice as much is not.
     slack = (known[1] - known[0]) / 2
-    if standard and not (known[0] - slack <= low and high <= known[1] + slack):
-        raise ValueError(
-            f"X holds floats from {low:g} to {high:g}, but {fitted}: give the same scale."
-        )
+    outside = not (known[0] - slack <= low and high <= known[1] + slack)
+    message = f"X holds floats from {low:g} to {high:g}, but {fitted}"
+    if standard and outside:
+        raise ValueError(f"{message}: give the same scale.")
+    largest = max(abs(low), abs(high))
+    if outside or 0 < largest < _LEAST_SHARE * max(map(abs, known)):
+        # Other scales have no bounds of their own, and dark images are no mistake.
+        warnings.warn(f"{message}. Is it the same scale?", UserWarning, stacklevel=2)
     return known

@@ -179,7 +179,7 @@ def from_unit(x, pixel_range, layout="channels_last"):
 
     if layout not in _LAYOUTS:
         raise ValueError(f"layout={layout!r} must be one of {', '.join(_LAYOUTS)}.")
-    pixels = torch.as_tensor(x).detach().float()
+    pixels, words = torch.as_tensor(x).detach().float(), False
     if pixel_range is not None:
         low, high = pixel_range
         if (low, high) != (-1, 1):
@@ -187,6 +187,7 @@ def from_unit(x, pixel_range, layout="channels_last"):
         pixels = pixels.clamp(low, high)
         if (low, high) == BYTES:
             pixels = pixels.round().to(torch.uint8)
+        words = isinstance(high, int) and (low, high) == WORDS
     if layout in ("channels_last", "flat"):
         pixels = pixels.permute(0, 2, 3, 1)
     if layout == "flat":
@@ -195,7 +196,8 @@ def from_unit(x, pixel_range, layout="channels_last"):
         if pixels.shape[1] != 1:
             raise ValueError(f'layout="grey" has one channel, but x has {pixels.shape[1]}.')
         pixels = pixels[:, 0]
-    return np.ascontiguousarray(pixels.cpu().numpy())
+    pixels = np.ascontiguousarray(pixels.cpu().numpy())
+    return np.rint(pixels).astype(np.uint16) if words else pixels
 
 
 def resolve_image_shape(image_shape, shape, *, is_flat=False):

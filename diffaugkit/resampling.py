@@ -438,11 +438,11 @@ def append_like(X, made, rows, indices, generator):
             pixels = to_unit(again[:], again.pixel_range)
             made = from_unit(pixels, rows.pixel_range, rows.layout)
         numbers = is_a(X, "numpy", "ndarray") and X.dtype.kind in "biuf"
-        if not (numbers or is_a(X, "torch", "Tensor") or hasattr(X, "iloc")):
+        if not (numbers or is_a(X, "torch", "Tensor") or hasattr(X, "columns")):
             X = from_unit(to_unit(rows[:], rows.pixel_range), rows.pixel_range, rows.layout)
     if is_a(X, "anndata", "AnnData"):
         return _append_cells(X, made, kept, indices, generator)
-    if hasattr(X, "iloc"):
+    if hasattr(X, "iloc"):  # a table; a Series or a TissueTiles of images is an array by now
         return _append_frame(X.iloc[kept], made)
     if is_a(X, "torch", "Tensor"):
         values = torch.as_tensor(made)

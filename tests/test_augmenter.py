@@ -655,3 +655,38 @@ class Generator(BaseEstimator):
 
     def sample(self, n=1):
         return np.zeros((n, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "y", "groups", "message"),
+    [
+        ({}, 59, None, "inconsistent numbers of samples"),
+        ({}, 60, np.zeros(59), "groups"),
+        ({}, 60, [None] * 60, "groups"),
+        ({"alpha": (0.5, 1.5)}, 60, None, r"alpha=\(0\.5, 1\.5\)"),
+        ({"strategy": "interpolation", "diffusion__encoder": None}, 60, None, "with an encoder"),
+        ({"strength": 1.0, "diffusion__encoder": None}, 60, None, "unconditional"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_training(data, options, y, groups, message):
+    epochs = []
+    augmenter = tiny(tiny_diffusion()).set_params(callbacks=lambda *_: epochs.append(1), **options)
+    with pytest.raises(ValueError, match=message):
+        augmenter.fit_resample(data[0][:60], data[1][:y], groups=groups)
+    assert not epochs
+
+
+def test_a_series_of_paths_comes_back_as_images(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3)).astype(np.uint8)
+    paths = [tmp_path / f"{number}.png" for number in range(12)]
+    for path, values in zip(paths, pixels, strict=True):
+        image.fromarray(values).save(path)
+    table = pd.DataFrame({"path": list(map(str, paths)), "y": np.arange(12) % 2})
+    options = {"block_out_channels": (8, 8), "max_epochs": 1, "n_sampling_steps": 2}
+    diffusion = EmbeddingConditionedDiffusion(None, **options)
+    X, y = tiny(diffusion, strength=0.5).fit_resample(table["path"], table["y"])
+    assert X.shape == (24, 8, 8, 3)
+    assert X.dtype == np.uint8
+    np.testing.assert_array_equal(X[:12], pixels)
+    assert isinstance(y, pd.Series)

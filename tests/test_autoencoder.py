@@ -370,3 +370,18 @@ def test_refusals(colour, fitted):
         fitted.set_params(downsampling=3).fit(colour)
     fitted.set_params(downsampling=2)
     np.testing.assert_array_equal(fitted.transform(colour), before)
+
+
+def test_no_training_needs_weights(colour):
+    with pytest.raises(ValueError, match=r"max_epochs=0 .* pretrained="):
+        tiny(max_epochs=0).fit(colour)
+
+
+def test_sixteen_bits_come_back_as_they_were(colour):
+    words = colour.astype(np.uint16) * 257
+    model = tiny().fit(words)
+    again = model.reconstruct(words[:3])
+    assert again.dtype == np.uint16
+    assert model.reconstruct(again).shape == again.shape  # and are read like them
+    in_bytes = tiny().fit(colour).reconstruct(colour[:3])
+    np.testing.assert_allclose(again / 257, in_bytes, atol=0.51)

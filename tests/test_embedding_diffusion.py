@@ -486,3 +486,13 @@ def test_sampling_touches_no_state(blobs, model):
     assert set(vars(model)) == names
     assert not model.module_.training
     assert all(torch.equal(v, before[k]) for k, v in model.module_.state_dict().items())
+
+
+def test_a_frozen_autoencoder_of_other_channels_is_refused():
+    rng = np.random.default_rng(0)
+    colour = rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
+    options = {"downsampling": 2, "block_out_channels": (8, 8), "max_epochs": 1}
+    frozen = FrozenEstimator(LatentAutoencoder(**options).fit(colour))
+    model = EmbeddingConditionedDiffusion(None, autoencoder=frozen, max_epochs=1)
+    with pytest.raises(ValueError, match="X has 1 channels, but the autoencoder was fitted on 3"):
+        model.fit(colour[..., 0])

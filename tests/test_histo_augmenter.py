@@ -785,3 +785,28 @@ def test_generators_that_cannot_be_guided(labelled, images, latent):
     large = np.repeat(images[0], 2, axis=1)
     with pytest.raises(ValueError, match=r"\(16, 8, 1\).*fitted on \(8, 8, 1\)"):
         tiny(FrozenEstimator(latent)).fit(large, images[1])
+
+
+def test_a_pool_of_other_samples_is_refused_before_it_is_learned_from(images, labelled):
+    X, y = images
+    epochs = []
+    for other, message in (
+        (np.zeros((30, 10, 10, 1), np.uint8), "10"),
+        (np.zeros((30, 8, 8, 3), np.uint8), "3"),
+        ((X[:, :, :, 0] * 257.0).astype(np.float32), "floats"),
+    ):
+        augmenter = tiny(EmbeddingConditionedDiffusion(None, **UNET))
+        augmenter.set_params(diffusion__callbacks=lambda *_: epochs.append(1))
+        with pytest.raises(ValueError, match=message):
+            augmenter.fit(X, y, unlabeled=other)
+    with pytest.raises(ValueError, match=r"unlabeled: .*NaN"):
+        tiny().fit(*labelled, unlabeled=np.full((30, 20), np.nan))
+    assert not epochs
+
+
+def test_callbacks_see_the_pretraining_too(labelled):
+    seen = []
+    options = {"max_epochs": 2, "n_sampling_steps": 2, "width": 8, "random_state": 0}
+    augmenter = HistoDiffusionAugmenter(callbacks=lambda e, h: seen.append(e) or e == 1, **options)
+    augmenter.fit(*labelled)
+    assert seen == [0, 1] * 2  # the generator, which it stops, and the classifier

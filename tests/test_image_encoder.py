@@ -620,3 +620,16 @@ def test_collapse_is_announced(X):
 )
 def test_check_estimator(estimator, check):
     check(estimator)
+
+
+def test_images_of_another_scale_than_an_unusual_one_are_warned_of():
+    rng = np.random.default_rng(0)
+    X = rng.uniform(0, 16, (12, 8, 8)).astype(np.float32)
+    encoder = SelfSupervisedEncoder("simclr", max_epochs=1, batch_size=6).fit(X)
+    for other in (X / 255, X * 255 / 16):
+        with pytest.warns(UserWarning, match=r"fitted on floats from .* Is it the same scale\?"):
+            encoder.transform(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.transform(X * 1.2)
+        encoder.transform(X * 0)
