@@ -184,7 +184,9 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         of them are nearest to their own centroid), kept, mean distances to that centroid
         (distance_real, distance_kept, distance_rejected), and copy_ratio: median distance of the
         kept ones to the nearest real sample as a share of that to the next, in the compact space
-        of vectors or 50 principal components of pixels; near 0 for copies.
+        of vectors or 50 principal components of pixels; near 0 for copies. Real samples are the
+        labelled ones and those of `unlabeled`; what a frozen generator learned from before is not
+        known here (:func:`~diffaugkit.metrics.copy_ratio` compares with it).
     sample_indices_ : ndarray of shape (n_resampled,), int64
         After ``fit_resample``, for each row of the result the row of `X` that it is, or the nearest
         one of its class in the features.
@@ -437,10 +439,10 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         ConvergenceWarning
             If a class gets fewer samples than wanted.
         UserWarning
-            If half of what is added nearly copies labelled samples.
+            If half of what is added nearly copies real samples, labelled or of `unlabeled`.
         """
-        rows, codes, features = self._fit(X, y, unlabeled)
-        made, sources = self._select(rows, codes, features)
+        rows, pool, codes, features = self._fit(X, y, unlabeled)
+        made, sources = self._select(rows, pool, codes, features)
         indices = np.append(np.arange(len(rows)), sources).astype(np.int64)
         self.sample_indices_ = indices
         # Of images the caller's form, of cells the generator's genes and layer.
@@ -465,7 +467,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
     # ---- fitting ---------------------------------------------------------------------------------
 
     def _fit(self, X, y, unlabeled):
-        """Fit; give the rows of `X`, the number of the class of each, and their features."""
+        """Fit; give the rows of `X` and of the pool, class numbers and features of the former."""
         import pandas as pd
 
         # What can be refused is refused before minutes of training.
@@ -473,7 +475,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         seed = self._seed()
 
         # Pre-training, without labels.
-        diffusion, rows = self._pretrain(X, codes, unlabeled, seed)
+        diffusion, rows, pool = self._pretrain(X, codes, unlabeled, seed)
         generator = getattr(diffusion, "estimator", diffusion)
 
         # Fine-tuning: the decoder, then the classifier of noised latents.
@@ -509,7 +511,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         self.centroids_ = np.stack([features[codes == k].mean(0) for k in range(len(classes))])
         self.history_ = pd.DataFrame(history)
         self.n_iter_ = len(history)
-        return rows, codes, features
+        return rows, pool, codes, features
 
     def _check_targets(self, y):
         """Classes, the number of the class of each row, and how many to generate of each class."""
@@ -530,8 +532,11 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         return classes, codes, wanted
 
     def _pretrain(self, X, codes, unlabeled, seed):
-        """Give the generator, fitted to the pool where it is not yet, and its rows of `X`."""
-        diffusion = self.diffusion
+        """Give the generator, its rows of `X`, and those of the pool or None.
+
+        The generator is fitted to the pool where it is not yet.
+        """
+        diffusion, pool = self.diffusion, None
         generator = getattr(diffusion, "estimator", diffusion)
         if not isinstance(diffusion, str) and not isinstance(
             generator, EmbeddingConditionedDiffusion
@@ -577,11 +582,12 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
                 diffusion.set_params(checkpoint_dir=self._folder("diffusion"))
             diffusion.fit(rows if unlabeled is None else unlabeled).set_params(checkpoint_dir=own)
             rows = diffusion._check_rows(rows if unlabeled is None else X)
+            pool = None if unlabeled is None else diffusion._check_rows(unlabeled)
         self.n_features_in_ = generator.n_features_in_
         vars(self).pop("feature_names_in_", None)
         if hasattr(generator, "feature_names_in_"):
             self.feature_names_in_ = generator.feature_names_in_
-        return diffusion, rows
+        return diffusion, rows, pool
 
     def _make_diffusion(self, seed):
         if isinstance(self.diffusion, str):
@@ -778,12 +784,15 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         norms = np.linalg.norm(features, axis=1, keepdims=True)
         return features / np.where(norms > 0, norms, 1)
 
-    def _select(self, rows, codes, features):
-        """Draw candidates and select; generated samples, and the nearest real one of each."""
+    def _select(self, rows, pool, codes, features):
+        """Draw candidates and select; generated samples, and the nearest labelled one of each."""
         import pandas as pd
 
-        space, added = CopySpace(rows, self._space(), _PIXEL_ROWS), []
+        # Copies are of what the generator has seen, most of which may have no label.
+        space, added = CopySpace(rows if pool is None else pool, self._space(), _PIXEL_ROWS), []
         spots = space.of(rows)
+        if pool is not None:
+            spots = _different(np.concatenate([spots, space.of(pool)]))
         made, sources, table, self._examples = [], [], [], []
         for code, (label, wanted) in enumerate(self._wanted()):
             samples, found, distances = self._candidates(code, wanted)
@@ -845,7 +854,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         if ratio < NEAR_COPY:
             warnings.warn(
                 f"Half of the generated samples have a copy ratio below {ratio:.2f} "
-                f"(near-copies: below {NEAR_COPY}): they repeat labelled samples and add little. "
+                f"(near-copies: below {NEAR_COPY}): they repeat real samples and add little. "
                 "Train the generator on more samples that need no labels, or for fewer epochs.",
                 UserWarning,
                 stacklevel=5,
@@ -877,6 +886,12 @@ def _classification(logits, y, weight):
     # Over the number of rows, not the sum of their weights: a batch of one class keeps its weight.
     loss = F.cross_entropy(logits.float(), y, weight=weight, reduction="none").mean()
     return {"loss": loss, "accuracy": (logits.argmax(dim=1) == y).float().mean()}
+
+
+def _different(spots):
+    """Drop repeated rows: a pool may hold the labelled samples too, equal up to rounding."""
+    scale = spots.std() or 1.0
+    return spots[np.unique(np.round(spots / scale, 4), axis=0, return_index=True)[1]]
 
 
 def _copy_ratio(spots, real):

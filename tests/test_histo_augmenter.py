@@ -810,3 +810,14 @@ def test_callbacks_see_the_pretraining_too(labelled):
     augmenter = HistoDiffusionAugmenter(callbacks=lambda e, h: seen.append(e) or e == 1, **options)
     augmenter.fit(*labelled)
     assert seen == [0, 1] * 2  # the generator, which it stops, and the classifier
+
+
+def test_copies_of_the_pool_are_warned_of(blobs, labelled):
+    X, y = labelled
+    pool = np.concatenate([X, blobs[0][1::10]])
+    augmenter = tiny(max_epochs=20, n_sampling_steps=5, selection="random")
+    rows = iter(range(len(X), len(pool)))
+    augmenter._generate = lambda numbers, seed: np.stack([pool[next(rows)] for _ in numbers])
+    with pytest.warns(UserWarning, match=r"copy ratio below 0\.00.*repeat real samples"):
+        augmenter.fit_resample(X, y, unlabeled=pool)
+    assert (augmenter.selection_["copy_ratio"] < 1e-3).all()
