@@ -465,7 +465,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         self.selection_ = pd.DataFrame(
             [{"class": name, "wanted": wanted[name], **counts[name]} for name in wanted]
         )
-        return X_out, take_like(y, indices)
+        return X_out, take_like(y, indices, X_out)
 
     def _check_condition(self, conditional):
         if conditional:

@@ -68,7 +68,7 @@ def _check_outlets(estimator):
         folder = getattr(estimator, name, None)
         if folder is None:
             continue
-        path = Path(folder).absolute()
+        path = Path(folder).expanduser().absolute()
         there = next(part for part in (path, *path.parents) if os.path.lexists(part))
         if not there.is_dir():
             raise NotADirectoryError(f"{name}={str(folder)!r}: {there} is not a folder.")
@@ -158,6 +158,29 @@ class TorchEstimator(BaseEstimator):
         """
         save(self, path)
 
+    def set_params(self, **params):
+        """Set parameters of this estimator and of its parts.
+
+        Fitted parts follow `device`: a model that was trained on a GPU goes on elsewhere after
+        ``set_params(device="cpu")``.
+
+        Parameters
+        ----------
+        **params : dict
+            Values by name, ``part__name`` for those of a part.
+
+        Returns
+        -------
+        self
+        """
+        super().set_params(**params)
+        if "device" in params:
+            for name, part in vars(self).items():
+                part = getattr(part, "estimator", part)  # of a frozen one
+                if name.endswith("_") and isinstance(part, TorchEstimator):
+                    part.set_params(device=self.device)
+        return self
+
     def _device(self):
         return resolve_device(self.device)
 
@@ -183,7 +206,7 @@ class TorchEstimator(BaseEstimator):
     def _folder(self, name):
         """Folder of a part or a phase below `checkpoint_dir`; None without one."""
         folder = self.checkpoint_dir
-        return None if folder is None else str(Path(os.fspath(folder)) / name)
+        return None if folder is None else str(Path(os.fspath(folder)).expanduser() / name)
 
     def _hand_over(self, part, **more):
         """Give a part the common parameters of this estimator, and check those of the part now."""

@@ -94,6 +94,8 @@ class DiffAugEM(TorchTransformer):
         The fitted encoder.
     diffusion_ : EmbeddingConditionedDiffusion or None
         The fitted generator; None if no M-step ran.
+    classes_ : ndarray of shape (n_classes,)
+        With ``condition="supervised"`` only: what the columns of the condition stand for.
     history_ : DataFrame
         One row per epoch: phase ("E", "M" or "EM"), round, epoch, loss, learning_rate.
     n_iter_ : int
@@ -218,6 +220,9 @@ class DiffAugEM(TorchTransformer):
             raise ValueError("joint=True is for vectors; images train by turns (joint=False).")
         seed = self._seed()
         labels = self._check_labels(y, len(rows))
+        vars(self).pop("classes_", None)
+        if labels is not None:
+            self.classes_ = labels[0]
         encoder = self._part(self.encoder, SelfSupervisedEncoder, seed, 0)
         diffusion = self._part(self.diffusion, EmbeddingConditionedDiffusion, seed, 1)
         if not isinstance(encoder, FrozenEstimator):
@@ -457,7 +462,7 @@ class DiffAugEM(TorchTransformer):
 
         def loss(x, neighbors, *rest):
             *generated, latents, given = rest
-            e_loss = e_step.loss(x, neighbors, *generated)
+            e_loss = e_step.loss(x, neighbors, *generated)["loss"]
             cond = given
             if self.condition in ("embedding", "projection"):
                 with torch.no_grad():
@@ -519,7 +524,7 @@ class DiffAugEM(TorchTransformer):
         if self.condition == "supervised":
             raise ValueError(
                 "A generator conditioned on labels cannot augment unlabelled rows: call "
-                "diffusion_.sample() with one-hot labels, classes in sorted order."
+                "diffusion_.sample() with one-hot labels, a column for each of classes_."
             )
         conditioner = self._conditioner(self.encoder_, self.diffusion_)
         return self._condition(conditioner, rows, None, self._condition_seed)

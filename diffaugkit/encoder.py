@@ -312,7 +312,7 @@ class SelfSupervisedEncoder(TorchTransformer):
         "momentum": [Interval(Real, 0, 1, closed="left"), StrOptions({"auto"})],
         "method_options": [dict, None],
     }
-    _extra_state = ("_layout", "_n_embedding", "_pixel_range")
+    _extra_state = ("_layout", "_pixel_range")
 
     def __init__(
         self,
@@ -813,11 +813,7 @@ class SelfSupervisedEncoder(TorchTransformer):
 
     @property
     def _n_features_out(self):
-        if self.n_components != "auto":
-            return self.n_components
-        if self.image_shape_ is None:
-            return 50
-        return self._n_embedding
+        return self.module_.n_components
 
 
 def _warn_of_collapse(history, method):

@@ -95,8 +95,7 @@ class VectorFit:
             replace = torch.rand(n, 1, device=x.device) < prob
             for number, view in enumerate(generated):
                 view_b = torch.where(replace & (pick == number), view, view_b)
-        losses = self.module.loss([view_a, view_b])
-        return losses["loss"] if has_map(self.method, None) else losses
+        return self.module.loss([view_a, view_b])
 
 
 class ImageFit:
@@ -140,7 +139,6 @@ class ImageFit:
         self.fitted = {
             "image_shape_": shape,
             "out_dim_": out_dim,
-            "_n_embedding": self.module.network.n_components,
             "mean_": None,
             "components_": None,
             "scale_": None,

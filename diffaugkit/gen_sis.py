@@ -445,7 +445,7 @@ class GenSIS(TorchTransformer):
         """Images under conditions, row by row, from memory or the store."""
         folder, settings = self.store_dir or self._folder("samples"), {}
         if folder is not None:
-            folder = Path(folder) / name
+            folder = Path(folder).expanduser() / name
             generator = getattr(diffusion, "estimator", diffusion)
             parts = [part.module_ for part in (generator, generator.autoencoder_) if part]
             settings = {

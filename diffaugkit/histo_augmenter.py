@@ -447,7 +447,8 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         self.sample_indices_ = indices
         # Of images the caller's form, of cells the generator's genes and layer.
         form = self if rows.is_image else self._generator()
-        return append_like(X, made, rows, indices, form), take_like(y, indices)
+        X_out = append_like(X, made, rows, indices, form)
+        return X_out, take_like(y, indices, X_out)
 
     def selection_examples(self):
         """Show some kept and some rejected candidates of the last ``fit_resample``.

@@ -89,6 +89,7 @@ class EmbeddingMLP(nn.Module):
         head=None,
     ):
         super().__init__()
+        self.n_components = n_components
         self.backbone = _blocks(n_features, *hidden_sizes, n_components)
         if head is not None:
             self.head, self.low_skip = head, None

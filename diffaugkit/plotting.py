@@ -28,6 +28,8 @@ PALETTE = (
     *("#984850", "#e828d8", "#20e8f8", "#f84068", "#4840c8", "#603010", "#a0e8a8", "#705890"),
     *("#f880e0", "#908048", "#8818a0", "#70c0a8", "#a8d800", "#c80030"),
 )
+# Nullable types of pandas whose values are names rather than a scale.
+_DISCRETE = {"boolean", *(f"{sign}nt{bits}" for sign in ("I", "UI") for bits in (8, 16, 32, 64))}
 _UNLABELLED = "#b4b4b4"
 _LEGEND_ROWS = 18
 _PHASES = {
@@ -614,7 +616,12 @@ def _label_values(labels, n, name):
         import pandas as pd
 
         labels = pd.Series(labels)  # NumPy makes the string "nan" of a NaN among strings
+    dtype = getattr(labels, "dtype", None)
+    if hasattr(dtype, "categories") or str(dtype) in _DISCRETE:
+        labels = labels.astype(object)  # NumPy makes numbers with a NaN floats: a scale
     labels = np.asarray(labels)
+    if labels.dtype.kind == "M":
+        labels = np.where(np.isnat(labels), None, np.datetime_as_string(labels, unit="auto"))
     if labels.shape != (n,):
         raise ValueError(f"{name} must have shape ({n},) as its positions, got {labels.shape}.")
     return labels

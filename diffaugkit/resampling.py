@@ -381,7 +381,7 @@ def cycle(total, n, rng):
 # ---- containers ----------------------------------------------------------------------------------
 
 
-def take_like(y, index):
+def take_like(y, index, X=None):
     """Take rows of targets, in the container that they came in.
 
     Parameters
@@ -390,6 +390,8 @@ def take_like(y, index):
         Targets.
     index : ndarray of int
         Rows.
+    X : any container or None, default=None
+        The samples that they go with: the rows of a Series get the names of cells.
 
     Returns
     -------
@@ -402,7 +404,8 @@ def take_like(y, index):
     ['b', 'b', 'a']
     """
     if hasattr(y, "iloc"):
-        return y.iloc[index].reset_index(drop=True)
+        y = y.iloc[index].reset_index(drop=True)
+        return y.set_axis(X.obs_names) if is_a(X, "anndata", "AnnData") else y
     if isinstance(y, list | tuple):
         return [y[i] for i in index]
     if is_a(y, "torch", "Tensor"):
@@ -485,13 +488,17 @@ def _append_frame(X, made):
 def _append_cells(X, made, kept, indices, generator):
     """Cells with the observations of their sources; what is stale of them stays behind."""
     import anndata
+    import pandas as pd
 
-    if X.isbacked:
+    layer = generator.layer
+    matrix = X.X if layer is None else X.layers[layer]
+    if X.isbacked or not (sp.issparse(matrix) or isinstance(matrix, np.ndarray)):
         X = X.to_memory()
     names = getattr(generator, "feature_names_in_", None)
     if names is not None and not np.array_equal(names, X.var_names):
-        X = X[:, names]
-    layer = generator.layer
+        # By position: names of genes that the generator does not have may be repeated.
+        place = {name: number for number, name in enumerate(X.var_names)}
+        X = X[:, [place[name] for name in names]]
     real = X.X if layer is None else X.layers[layer]
     real = real[kept] if sp.issparse(real) else np.asarray(real[kept])
     if sp.issparse(real):
@@ -500,7 +507,15 @@ def _append_cells(X, made, kept, indices, generator):
         values = np.concatenate([real, _as_dtype(made, real.dtype)])
     obs = X.obs.iloc[indices].copy()
     # What an earlier call generated stays marked, and by its row has a name of its own.
-    earlier = np.asarray(obs["generated"], bool) if "generated" in obs else False
+    earlier = False
+    if "generated" in obs:
+        # A file of text has words for them, and cells of elsewhere have none.
+        known = {True: True, "True": True, False: False, "False": False}
+        marks = [False if pd.isna(mark) else known.get(mark) for mark in obs["generated"].tolist()]
+        if None in marks:
+            obs["generated_before"] = obs["generated"]
+        else:
+            earlier = np.array(marks)
     obs["generated"] = (np.arange(len(indices)) >= len(kept)) | earlier
     new = [f"generated-{i}-{X.obs_names[indices[i]]}" for i in range(len(kept), len(indices))]
     obs.index = [*X.obs_names[kept], *new]

@@ -233,7 +233,7 @@ def fit_loop(
     checkpoint_dir : str, path-like or None, default=None
         Folder whose sub-folder ``training`` holds the newest checkpoint. A fit that finds one of
         the same configuration, data and initial weights goes on from it, and returns at once if it
-        was finished.
+        was finished. One that a callback stopped goes on where no callback is given any more.
     checkpoint_every : int, default=1
         Epochs between checkpoints.
     checkpoint_every_steps : int or None, default=None
@@ -318,7 +318,9 @@ def fit_loop(
         if checkpoint_dir is not None:
             settings |= {"steps_per_epoch": steps_per_epoch, "processes": processes.world}
             settings = {**(identity or {}), **settings}
-            state.open(Path(checkpoint_dir) / "training", settings, batches)
+            state.open(Path(checkpoint_dir).expanduser() / "training", settings, batches)
+            if state.stopped and not callbacks:
+                state.finished = state.epoch == max_epochs  # nobody asks to stop any more
         good = _Snapshot(module)
         if compile:
             module.compile()
@@ -397,6 +399,7 @@ def fit_loop(
                 state.epoch, state.batch = state.epoch + 1, 0
                 stops = [callback(state.epoch - 1, state.history) for callback in callbacks]
                 stops.append(_has_stalled(state.history, patience, min_delta))
+                state.stopped = processes.any(stops[: len(callbacks)])
                 state.finished = state.epoch == max_epochs or processes.any(stops)
                 if state.finished or state.epoch % checkpoint_every == 0:
                     state.save(processes)
@@ -613,7 +616,7 @@ class _State:
     def __init__(self, module, average, optimizer, log):
         self.epoch = self.batch = self.step = 0
         self.history = []
-        self.finished = False
+        self.finished = self.stopped = False
         self._module, self._average, self._optimizer, self._log = module, average, optimizer, log
         self._folder, self._saved_at = None, time.monotonic()
 
@@ -640,12 +643,13 @@ class _State:
             )
             raise ValueError(
                 f"{folder} holds the checkpoint of another fit; it differs in {said}. Choose "
-                "another checkpoint_dir, remove that folder, or restore the settings."
+                "another checkpoint_dir, remove that folder, or restore the settings. (Each fold "
+                "of a cross-validation is another fit: take checkpoint_dir=None there.)"
             )
         self._load(tensors, document)
 
     def _load(self, tensors, document):
-        for name in ("epoch", "batch", "step", "history", "finished"):
+        for name in ("epoch", "batch", "step", "history", "finished", "stopped"):
             setattr(self, name, document[name])
         self._log.sums, self._log.count = document["sums"], document["count"]
         parts = {"module": {}, "average": {}, "optimizer": {}}
@@ -689,6 +693,7 @@ class _State:
                 "step": self.step,
                 "history": self.history,
                 "finished": self.finished,
+                "stopped": self.stopped,
                 "sums": self._log.sums,
                 "count": self._log.count,
             }

@@ -690,3 +690,37 @@ def test_a_series_of_paths_comes_back_as_images(tmp_path):
     assert X.dtype == np.uint8
     np.testing.assert_array_equal(X[:12], pixels)
     assert isinstance(y, pd.Series)
+
+
+@pytest.mark.parametrize(
+    ("marks", "earlier"),
+    [
+        (["False", "True"] * 30, [False, True] * 30),  # as a file of text has them
+        (pd.array([None, True] * 30, dtype="boolean"), [False, True] * 30),  # of a concatenation
+        ([np.nan, True] * 30, [False, True] * 30),
+        (["yes", "no"] * 30, [False] * 60),  # the caller's own
+    ],
+)
+def test_marks_of_generated_cells(data, frozen, marks, earlier):
+    X, y = data[0][:60], data[1][:60]
+    cells = ad.AnnData(X.copy())
+    cells.obs["generated"] = marks
+    labels = pd.Series(y, index=cells.obs_names)
+    out, targets = tiny(frozen).fit_resample(cells, labels)
+    assert out.obs["generated"].dtype == bool
+    assert out.obs["generated"][:60].tolist() == earlier
+    assert out.obs["generated"][60:].all()
+    assert ("generated_before" in out.obs) == (marks[0] == "yes")
+    assert targets.index.equals(out.obs_names)  # so that it may become a column of obs
+
+
+def test_repeated_names_of_genes_that_are_not_used(data, frozen):
+    X, y = data[0][:60], data[1][:60]
+    generator = tiny_diffusion().set_params(max_epochs=1)
+    named = pd.DataFrame(X, columns=[f"g{i}" for i in range(X.shape[1])])
+    generator.fit(named)
+    more = ad.AnnData(np.hstack([np.ones((60, 2), X.dtype), X]))
+    more.var_names = ["a", "a", *named.columns]
+    out, _ = tiny(FrozenEstimator(generator)).fit_resample(more, y)
+    assert out.var_names.tolist() == named.columns.tolist()
+    np.testing.assert_array_equal(out.X[:60], X)

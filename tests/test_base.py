@@ -15,6 +15,7 @@ from sklearn.utils._param_validation import InvalidParameterError
 from torch import nn
 from torch.nn import functional as F
 
+from diffaugkit import SelfSupervisedEncoder
 from diffaugkit.base import Interval, StrOptions, TorchEstimator, _fit_context, _on_cpu
 from diffaugkit.batches import make_batches
 from diffaugkit.runtime import isolated_rng
@@ -243,3 +244,13 @@ def test_private_names_come_from_here():
     assert StrOptions({"a"}).is_satisfied_by("a")
     assert callable(_fit_context)
     assert Interval(Integral, 0, 1, closed="both").is_satisfied_by(1)
+
+
+def test_the_home_folder_is_the_users(blobs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    encoder = SelfSupervisedEncoder(max_epochs=1, random_state=0, checkpoint_dir="~/run")
+    encoder.fit(blobs[0])
+    assert (tmp_path / "home" / "run" / "training").is_dir()
+    assert not (tmp_path / "~").exists()

@@ -466,3 +466,25 @@ def test_automatic_parts_for_images(pictures):
     assert DiffAugEM()._schedule(model.encoder_, 100, "images") == (200, 400, 800)
     with pytest.raises(ValueError, match="joint=True is for vectors"):
         DiffAugEM(joint=True).fit(pictures)
+
+
+def test_classes_say_what_the_condition_means(blobs, tmp_path):
+    X, y = blobs[0], np.array(["b", "c", "a"])[blobs[1]]
+    model = tiny(schedule=(1, 1, 1), condition="supervised").fit(X, y)
+    assert model.classes_.tolist() == ["a", "b", "c"]
+    model.save(tmp_path / "model")
+    assert diffaugkit.load(tmp_path / "model").classes_.tolist() == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="a column for each of classes_"):
+        model.augment(X[:2])
+    assert not hasattr(model.set_params(condition="embedding").fit(X), "classes_")
+
+
+def test_device_reaches_the_fitted_parts(blobs):
+    model = tiny(schedule=(1, 1, 1)).fit(blobs[0])
+    whole = model.transform(blobs[0])
+    for part in (model, model.encoder_, model.diffusion_):
+        part.device = "cuda:7"  # as loaded from another machine
+    model.set_params(device="cpu")
+    assert model.encoder_.device == model.diffusion_.device == "cpu"
+    np.testing.assert_array_equal(model.transform(blobs[0]), whole)
+    model.augment(blobs[0][:3])

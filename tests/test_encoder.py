@@ -336,3 +336,24 @@ def test_grid_search_uses_the_score(blobs):
     X, y = blobs
     search = GridSearchCV(tiny(), {"n_components": [2, 6]}, cv=2, error_score="raise").fit(X, y)
     assert search.best_score_ > 0.9
+
+
+def test_parameters_changed_after_fit_leave_the_width(blobs):
+    encoder = SelfSupervisedEncoder(max_epochs=1, n_components=7, random_state=0).fit(blobs[0])
+    encoder.set_params(n_components=3)
+    assert encoder.transform(blobs[0]).shape == (240, 7)
+    assert encoder.project(blobs[0]).shape == (240, 2)
+    assert len(encoder.get_feature_names_out()) == 7
+
+
+def test_collapse_of_vectors_is_warned_of(blobs, monkeypatch):
+    history = SelfSupervisedEncoder(max_epochs=1, random_state=0).fit(blobs[0]).history_
+    assert history["feature_spread"].iloc[-1] > 0.5
+    loss = objectives.SoftContrastiveObjective.loss
+
+    def collapsed(self, views):
+        return loss(self, views) | {"feature_spread": torch.tensor(1e-4)}
+
+    monkeypatch.setattr(objectives.SoftContrastiveObjective, "loss", collapsed)
+    with pytest.warns(objectives.CollapseWarning, match="scl collapsed"):
+        SelfSupervisedEncoder(max_epochs=1, random_state=0).fit(blobs[0])

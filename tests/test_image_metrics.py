@@ -604,3 +604,12 @@ def test_inception_says_what_is_wrong(inception, tmp_path):
 def test_errors_say_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_labels_of_another_kind_are_refused(digits, swap):
+    X, y, X_test, y_test = digits
+    y, y_test = (y.astype(str), y_test) if swap else (y, y_test.astype(str))
+    for score in (weighted_knn_accuracy, linear_probe):
+        with pytest.raises(ValueError, match=r"y_test .* are of another kind than those of y"):
+            score(X, y, X_test, y_test)

@@ -625,3 +625,12 @@ def test_inputs_and_global_randomness_stay_as_they_are(blobs):
     kmeans_scores(X, y)
     assert np.array_equal(X, before)
     assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+
+
+def test_tables_of_cells_are_refused_by_name():
+    adata = pytest.importorskip("anndata").AnnData(np.eye(6, dtype=np.float32))
+    for score in (knn_accuracy, linear_svm_accuracy):
+        with pytest.raises(TypeError, match=r"is an AnnData: give the matrix .* adata\.obsm"):
+            score(adata, [0, 1] * 3)
+    with pytest.raises(TypeError, match="is an AnnData"):
+        frechet_distance(adata, adata)

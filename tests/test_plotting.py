@@ -357,3 +357,19 @@ def test_import_does_not_load_matplotlib_or_pandas():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (pd.Categorical([None, 1, 2] * 3), ["1", "2", "unlabelled"]),
+        (pd.Categorical([0.5, 1.5, 2.5] * 3), ["0.5", "1.5", "2.5"]),
+        (pd.Series([1, 2, None] * 3, dtype="Int64"), ["1", "2", "unlabelled"]),
+        (pd.to_datetime(["2020-01-01", "2021-02-03", None] * 3), ["2020-01-01", "2021-02-03"]),
+    ],
+)
+def test_categories_of_numbers_and_dates_are_names(labels, names):
+    display = EmbeddingDisplay(np.random.default_rng(0).normal(size=(9, 2)), labels).plot()
+    assert len(display.figure_.axes) == 1  # no colour bar
+    found = [text.get_text() for text in display.ax_.get_legend().get_texts()]
+    assert found[: len(names)] == names

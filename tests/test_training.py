@@ -693,10 +693,17 @@ def test_a_finished_checkpoint_is_returned_at_once(toy, tmp_path):
 
 
 def test_a_stopped_fit_is_a_finished_one(toy, tmp_path):
-    first = interrupted(toy, tmp_path, callbacks=lambda epoch, _: epoch == 1)
-    again = interrupted(toy, tmp_path, at=0)
+    def stops(epoch, history):
+        return epoch == 1
+
+    first = interrupted(toy, tmp_path, callbacks=stops)
+    again = interrupted(toy, tmp_path, at=0, callbacks=stops)
     assert len(again[2]) == 2
     assert same(first[0], again[0])
+    # Without the callback it goes on to its end.
+    whole, rest = interrupted(toy, None), interrupted(toy, tmp_path)
+    assert same(whole[0], rest[0])
+    assert whole[2] == rest[2]
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,16 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.utils import check_array, column_or_1d, gen_batches
 from sklearn.utils.multiclass import check_classification_targets
 
-from diffaugkit.arrays import refuse_missing, to_numpy
+from diffaugkit.arrays import refuse_missing, some, to_numpy
 
 
 def check_matrix(X, name, min_samples=1):
     """Return X as a finite, dense matrix; float32 stays so, all else becomes float64."""
+    if hasattr(X, "obs_names"):
+        raise TypeError(
+            f"{name} is an {type(X).__name__}: give the matrix that is meant, such as adata.X or "
+            "adata.obsm['X_pca']."
+        )
     X = to_numpy(X)
     shape = getattr(X, "shape", None) or np.shape(X)
     if len(shape) != 2:
@@ -48,6 +53,16 @@ def check_labels(y, n=None, name="y"):
         raise ValueError(f"{name} has {len(y)} labels for {n} samples.")
     check_classification_targets(y)
     return np.unique(y, return_inverse=True)
+
+
+def check_known(y_test, classes):
+    """Refuse test labels that are strings where those of training are numbers, or the reverse."""
+    found, known = np.unique(y_test).tolist(), classes.tolist()
+    if {isinstance(label, str) for label in found} ^ {isinstance(label, str) for label in known}:
+        raise ValueError(
+            f"The labels of y_test ({some(found)}) are of another kind than those of y "
+            f"({some(known)}): give both as strings, or both as numbers."
+        )
 
 
 def check_neighbors(n_neighbors, available=None, what="real samples"):

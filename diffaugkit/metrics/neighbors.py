@@ -18,7 +18,13 @@ from sklearn.utils import gen_batches
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from diffaugkit.metrics.checks import check_labels, check_matrix, check_neighbors, unit_rows
+from diffaugkit.metrics.checks import (
+    check_known,
+    check_labels,
+    check_matrix,
+    check_neighbors,
+    unit_rows,
+)
 
 # Similarities that are held at once; some ten arrays of this size, most of 8 bytes, come with them.
 _BLOCK = 2_000_000
@@ -194,6 +200,7 @@ def weighted_knn_accuracy(
     model.fit(features, _labels(y, "y", len(features)))
     features_test = check_matrix(features_test, "features_test")
     y_test = _labels(y_test, "y_test", len(features_test))
+    check_known(y_test, model.classes_)
     votes = model._votes(features_test, all_k)
     accuracy = [float(np.mean(model.classes_[v.argmax(axis=1)] == y_test)) for v in votes]
     return accuracy[0] if np.ndim(k) == 0 else dict(zip(all_k, accuracy, strict=True))

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import gen_batches
 
-from diffaugkit.metrics.checks import check_labels, check_matrix
+from diffaugkit.metrics.checks import check_known, check_labels, check_matrix
 
 
 def linear_probe(
@@ -104,6 +104,7 @@ def linear_probe(
     n_validation = max(1, round(validation_size * n))
     if n_validation >= n:
         raise ValueError(f"{n} training samples leave none to train on beside the validation.")
+    check_known(names, classes)
     # A class that training lacks gets the number -1, which no prediction has.
     known = {name: i for i, name in enumerate(classes.tolist())}
     test_codes = np.array([known.get(name, -1) for name in names.tolist()])[test_codes]
