@@ -15,6 +15,7 @@ full synthetic ``replace_real=True``
 =============  ===================================================
 """
 
+import copy
 import warnings
 from numbers import Integral, Real
 
@@ -37,7 +38,9 @@ from diffaugkit.base import (
     all_or_nothing,
 )
 from diffaugkit.data import check_X
+from diffaugkit.diffaug_em import DiffAugEM
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, interpolate_rows
+from diffaugkit.gen_sis import GenSIS
 from diffaugkit.image_rows import ImageRows
 from diffaugkit.metrics import NEAR_COPY, QualityReport, quality_report
 from diffaugkit.resampling import (
@@ -75,7 +78,8 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         An :class:`~diffaugkit.EmbeddingConditionedDiffusion` with an encoder, for vectors or
         images. It is cloned and fitted on `X`, or used as it is inside
         ``sklearn.frozen.FrozenEstimator``: one pre-training on an unlabelled pool then serves many
-        small labelled sets, and each fold of a cross-validation.
+        small labelled sets, and each fold of a cross-validation. A frozen
+        :class:`~diffaugkit.DiffAugEM` or :class:`~diffaugkit.GenSIS` generates, too.
     strategy : {"reconstruction", "interpolation"}, default="reconstruction"
         "reconstruction" draws under the embedding of one sample. "interpolation" draws between the
         embeddings of two that share a label (multi-label: at least one, or none at all); no pair is
@@ -192,7 +196,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
 
     _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
         **TorchEstimator._parameter_constraints,
-        "diffusion": [HasMethods(["fit", "sample"]), StrOptions({"auto"})],
+        "diffusion": [HasMethods(["fit"]), StrOptions({"auto"})],
         "strategy": [StrOptions({"reconstruction", "interpolation"})],
         "ratio": [Interval(Real, 0, None, closed="neither")],
         "sampling_strategy": [
@@ -423,7 +427,8 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         )
 
     def _generator(self):
-        return _check_generator(getattr(self.diffusion_, "estimator", self.diffusion_))
+        model = getattr(self.diffusion_, "estimator", self.diffusion_)
+        return _check_generator(_with_encoder(model))
 
     # ---- resampling ------------------------------------------------------------------------------
 
@@ -614,6 +619,28 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
 
 
 # ---- real and generated samples as the checks see them -------------------------------------------
+
+
+def _with_encoder(model):
+    """Give the generator of DiffAugEM or GenSIS together with the encoder that it listens to."""
+    if isinstance(model, DiffAugEM):
+        check_is_fitted(model, "encoder_")
+        if model.condition != "embedding" or model.diffusion_ is None:
+            raise ValueError(
+                "A DiffAugEM generates for labels with condition='embedding' and an M-step only, "
+                f"but has condition={model.condition!r} and schedule={model.schedule!r}."
+            )
+        encoder = model._conditioner(model.encoder_, model.diffusion_)
+    elif isinstance(model, GenSIS):
+        check_is_fitted(model, "encoder_")
+        encoder = model.vanilla_encoder_
+    else:
+        return model
+    generator = copy.copy(getattr(model.diffusion_, "estimator", model.diffusion_))
+    generator.encoder_ = encoder
+    return generator.set_params(
+        **{name: getattr(model, name) for name in ("layer", "image_shape") if hasattr(model, name)}
+    )
 
 
 def _check_generator(diffusion):

@@ -12,7 +12,7 @@ from scipy.ndimage import find_objects
 
 from diffaugkit.arrays import to_numpy
 from diffaugkit.metrics.detection import check_boxes
-from diffaugkit.metrics.segmentation import label_instances
+from diffaugkit.metrics.segmentation import check_objects, label_instances
 
 __all__ = ["BLANK", "boxes_from_masks", "flip_boxes", "patch_targets", "read_boxes"]
 
@@ -44,7 +44,13 @@ def boxes_from_masks(masks, *, instances=False, min_size=1, connectivity=2):
     Raises
     ------
     ValueError
-        For masks that hold no labels, or options out of range.
+        For masks that hold no labels, options out of range, or bool masks with `instances`: those
+        hold no numbers of objects.
+
+    Warns
+    -----
+    UserWarning
+        If with `instances` all masks hold one label, such as 255, in several regions.
 
     Examples
     --------
@@ -58,17 +64,21 @@ def boxes_from_masks(masks, *, instances=False, min_size=1, connectivity=2):
     is_list = isinstance(masks, list | tuple) and len(masks) and np.ndim(masks[0]) > 1
     images = [np.asarray(to_numpy(m)) for m in masks] if is_list else np.asarray(masks)
     single = not is_list and images.ndim in (0, 2)
-    images = [images] if single else images
+    images = [images] if single else list(images)
+    for mask in images:
+        if mask.ndim != 2 or mask.dtype.kind not in "biu":
+            raise ValueError(
+                f"masks hold one of shape {mask.shape} and dtype {mask.dtype}: give arrays of "
+                "whole numbers, (height, width), such as np.asarray(PIL.Image.open(path)) for "
+                "files."
+            )
+    if instances:
+        check_objects(images, "masks")
     found = [_boxes_of(mask, instances, min_size, connectivity) for mask in images]
     return found[0] if single else found
 
 
 def _boxes_of(mask, instances, min_size, connectivity):
-    if mask.ndim != 2 or mask.dtype.kind not in "biu":
-        raise ValueError(
-            f"masks hold one of shape {mask.shape} and dtype {mask.dtype}: give arrays of whole "
-            "numbers, (height, width)."
-        )
     if instances:
         names = np.unique(mask)
         objects = np.searchsorted(names[names != 0], mask) + 1

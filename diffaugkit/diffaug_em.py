@@ -313,13 +313,14 @@ class DiffAugEM(TorchTransformer):
             1 generates from noise alone; lower values start from the source with that share of the
             noise levels, and stay closer to it.
         random_state : int, RandomState, Generator or None, default=None
-            Seed of the noise; None takes the seed of the fit, so that calls repeat.
+            Seed of the noise; None takes the seed of the fit, so that calls repeat. Noise belongs
+            to the place in the call: samples of two calls with one seed are not independent.
 
         Returns
         -------
         ndarray of shape (n_samples * n_per_sample, n_features), float32
-            In the space of `X`; ``np.repeat(np.arange(n_samples), n_per_sample)`` gives the source
-            of each.
+            In the space of `X`, columns in the order of ``fit`` (``feature_names_in_``);
+            ``np.repeat(np.arange(n_samples), n_per_sample)`` gives the source of each.
         """
         rows = self._check_rows(X)
         embeddings = self._generator_condition(rows)

@@ -298,7 +298,8 @@ class GenSIS(TorchTransformer):
         strength : float in (0, 1], default=1.0
             1 generates from noise alone; lower values start from the source, and stay closer to it.
         random_state : int, RandomState, Generator or None, default=None
-            Seed of the noise; None takes the seed of the fit, so that calls repeat.
+            Seed of the noise; None takes the seed of the fit, so that calls repeat. Noise belongs
+            to the place in the call: samples of two calls with one seed are not independent.
 
         Returns
         -------

@@ -3,8 +3,9 @@
 What can be known without decoding is checked before any work: that every file is there, is an
 image, and has the size and the kind of the others. The kinds are greyscale ("1", "L", "LA"), colour
 ("RGB", palettes, "CMYK" and the like, converted to RGB as torchvision does, an alpha channel is
-dropped), 16-bit greyscale (float32, pixel range (0, 65535)) and 32-bit float greyscale. Of several
-frames the first is read, and a camera's orientation mark is ignored, as torchvision does.
+dropped), 16-bit greyscale (float32, pixel range (0, 65535)) and 32-bit float greyscale. Files of
+several images, such as stacks of channels, are refused. A camera's orientation mark is ignored, as
+torchvision does.
 """
 
 import io
@@ -132,7 +133,8 @@ class FileImageRows(_DecodedRows):
     ImportError
         Without Pillow.
     ValueError
-        If a file is missing, broken, or of another size or kind than the first, by its name.
+        If a file is missing, broken, of several frames or pages, or of another size or kind than
+        the first, by its name.
 
     Examples
     --------
@@ -166,6 +168,7 @@ class FileImageRows(_DecodedRows):
                     f"{_capital(name)} is {_described(item)}; lists of images hold paths or PIL "
                     "images."
                 )
+            _refuse_frames(_n_frames(item), name)
             return _kind_of(item, name)
         try:
             with Path(item).open("rb") as file:
@@ -245,6 +248,7 @@ class DatasetRows(_DecodedRows):
         item = self._dataset[int(position)]
         image = item[0] if isinstance(item, tuple | list) else item
         if hasattr(image, "getbands"):
+            _refuse_frames(_n_frames(image), self._named(position))
             return _pixels(image, _kind_of(image, self._named(position))[1])
         if hasattr(image, "detach"):
             image = image.detach().cpu()
@@ -492,11 +496,37 @@ def _kind_of(image, name):
     return image.size, kind
 
 
+def _n_frames(image):
+    """Count the images of a Pillow image; smaller copies of one are no images of their own."""
+    # MPO is a photo with its preview.
+    if image.format == "MPO" or not getattr(image, "is_animated", False):
+        return 1
+    if image.format != "TIFF":
+        return image.n_frames
+    at, n = image.tell(), 0
+    for frame in range(image.n_frames):
+        image.seek(frame)
+        # NewSubfileType: 1 marks the levels of a pyramid, 4 a mask of transparency.
+        n += not image.tag_v2.get(254, 0) & 5
+    image.seek(at)
+    return n
+
+
+def _refuse_frames(n, name, form="arrays (h, w, c), up to 4 frames as channels"):
+    if n > 1:
+        raise ValueError(
+            f"{_capital(name)} holds {n} frames or pages, of which only the first would be read: "
+            f"read the files with tifffile.imread and give {form}, or save the frame that you want "
+            "as a file of its own."
+        )
+
+
 def _checked_header(file, name):
     """Size and kind of an image in an open file; a file that ends too early is refused."""
     Image = _pillow()
     try:
         with Image.open(file) as image:
+            n_frames = _n_frames(image)
             end = _ENDS.get(image.format)
             if end is not None:
                 file.seek(-min(64, file.seek(0, os.SEEK_END)), os.SEEK_END)
@@ -506,6 +536,7 @@ def _checked_header(file, name):
                     Image.open(file).load()
     except Exception as error:  # a broken header can raise anything
         raise _unreadable(name, error) from error
+    _refuse_frames(n_frames, name)
     return _kind_of(image, name)
 
 
@@ -516,10 +547,16 @@ def _common(headers, named):
         if first is None:
             first = size, kind
         if kind != first[1]:
+            cure = 'Convert the files with PIL: image.convert("RGB") or image.convert("L")'
+            if {kind, first[1]} - {"L", "RGB"}:
+                # PIL would clip them: nearly all pixels white, or black.
+                cure = (
+                    "Scale them in NumPy and give arrays: np.asarray(image) / 65535 for 16 bits, "
+                    "/ 255 for 8"
+                )
             raise ValueError(
                 f"{_capital(named(position))} is {_KINDS[kind]}, but {named(0)} is "
-                f"{_KINDS[first[1]]}: all images must be of one kind. Convert the files, for "
-                f'example with PIL: image.convert("RGB") or image.convert("L").'
+                f"{_KINDS[first[1]]}: all images must be of one kind. {cure}."
             )
         if size != first[0]:
             raise ValueError(

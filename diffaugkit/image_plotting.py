@@ -3,6 +3,8 @@
 Each display is one mosaic on one axes, so that it can stand in a figure with others.
 """
 
+import os
+
 import numpy as np
 
 from diffaugkit.arrays import channel_last, guess_range, to_numpy
@@ -15,8 +17,8 @@ class SampleGridDisplay:
     ----------
     generated : images, n_rows * n_per_row of them
         Generated images, all of the first source, then of the second, as `augment` returns them:
-        (n, h, w, c) or (n, h, w) arrays, (n, c, h, w) tensors, lists of PIL images, or
-        (n, h * w * c) with `image_shape`; uint8 or float.
+        (n, h, w, c) or (n, h, w) arrays, (n, c, h, w) tensors, lists of PIL images or of paths, a
+        folder, or (n, h * w * c) with `image_shape`; uint8 or float.
     source : images, n_rows of them, or None, default=None
         The real image of each row. None: the generated images alone fill the grid.
     labels : array-like of shape (n_rows,), default=None
@@ -128,7 +130,8 @@ class SampleGridDisplay:
         shape = _image_shape(estimator, image_shape)
         nearest = None
         if real is not None:
-            nearest = _nearest_images(generated, real, len(X), extractor, shape)
+            n_rows = len(generated) // n_per_sample
+            nearest = _nearest_images(generated, real, n_rows, extractor, shape)
         display = cls(generated, X, y, nearest, image_shape=shape, pixel_range=pixel_range)
         return display.plot(ax=ax, **plot_params)
 
@@ -147,10 +150,10 @@ class SampleGridDisplay:
         self : SampleGridDisplay
             With `ax_` and `figure_`.
         """
-        generated = channel_last(self.generated, self.image_shape)
+        generated = _read(self.generated, self.image_shape)
         reference = generated
         if self.source is not None:
-            reference = channel_last(self.source, self.image_shape)
+            reference = _read(self.source, self.image_shape)
         value_range = self.pixel_range or guess_range(reference)
 
         def beside(images):
@@ -176,7 +179,7 @@ class SampleGridDisplay:
         blocks.append(tiles.reshape(n_rows, n_per_row, *tiles.shape[1:]))
         names += ["generated"]
         if self.nearest is not None:
-            nearest = beside(channel_last(self.nearest, self.image_shape))
+            nearest = beside(_read(self.nearest, self.image_shape))
             blocks.append(nearest[:, None])
             names += ["nearest real"]
         # One block needs no name; of several columns the heading stands over the middle.
@@ -311,13 +314,15 @@ class InterpolationDisplay:
                 f"generated must hold one set of images for each of the {len(self.alphas)} alphas "
                 f"and at least one, got {len(self.generated)}."
             )
-        ends = [channel_last(X, self.image_shape) for X in (self.X_a, self.X_b)]
+        ends = [_read(X, self.image_shape) for X in (self.X_a, self.X_b)]
         ranges = [self.pixel_range or guess_range(X) for X in ends]
-        value_range = min(r[0] for r in ranges), max(r[1] for r in ranges)
-        a, b = (_rgb(X, value_range)[:, None] for X in ends)
-        between = [channel_last(X, self.image_shape) for X in self.generated]
+        if (ends[0].dtype == np.uint8) == (ends[1].dtype == np.uint8):
+            # One scale, of which each end may fill a part; bytes and floats have two.
+            ranges = 2 * [(min(r[0] for r in ranges), max(r[1] for r in ranges))]
+        a, b = (_rgb(X, own)[:, None] for X, own in zip(ends, ranges, strict=True))
+        between = [_read(X, self.image_shape) for X in self.generated]
         between = [
-            _rgb(X, self.pixel_range or _range_beside(X, ends[0], value_range)) for X in between
+            _rgb(X, self.pixel_range or _range_beside(X, ends[0], ranges[0])) for X in between
         ]
         if {len(part) for part in between} | {len(b)} != {len(a)}:
             raise ValueError("X_a, X_b and each set of generated images must be as many.")
@@ -445,7 +450,7 @@ class AttentionDisplay:
         from matplotlib.colors import Normalize
         from scipy.ndimage import zoom
 
-        images = channel_last(self.images, self.image_shape)
+        images = _read(self.images, self.image_shape)
         if isinstance(self.attention, dict):
             raise TypeError(
                 "attention is a dict of maps by resolution, those of a U-Net, which have no CLS "
@@ -493,15 +498,31 @@ def _nearest_images(generated, real, n_rows, extractor, image_shape):
     """Return for each row the real image nearest to any of the row's generated ones."""
     from diffaugkit.metrics import nearest_training_samples
 
+    known = _read(real, image_shape)
     if extractor is None:
-        flat = [channel_last(X, image_shape) for X in (generated, real)]
-        flat = [X.reshape(len(X), -1).astype(np.float32) for X in flat]
+        made, known_range = _read(generated, image_shape), guess_range(known)
+        pairs = (made, _range_beside(made, known, known_range)), (known, known_range)
+        # Bytes beside floats from 0 to 1 would lie far from their own copies.
+        flat = [
+            (X.reshape(len(X), -1).astype(np.float32) - low) / (high - low or 1.0)
+            for X, (low, high) in pairs
+        ]
         distance, index = nearest_training_samples(*flat)
     else:
         distance, index = nearest_training_samples(generated, real, extractor=extractor)
     distance, index = distance.reshape(n_rows, -1), index.reshape(n_rows, -1)
     rows = index[np.arange(n_rows), distance.argmin(axis=1)]
-    return channel_last(real, image_shape)[rows]
+    return known[rows]
+
+
+def _read(images, image_shape=None):
+    """Return images of any kind as an array (n, h, w, c): paths are read as estimators do."""
+    some = [images] if isinstance(images, str | os.PathLike) else images
+    if len(some) and isinstance(next(iter(some)), str | os.PathLike):
+        from diffaugkit.image_inputs import rows_of_images
+
+        images = rows_of_images(images)[:]  # a tensor (n, c, h, w)
+    return channel_last(images, image_shape)
 
 
 def _range_beside(images, reference, known):

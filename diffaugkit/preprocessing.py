@@ -519,7 +519,10 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         times ``total_counts / target_sum_`` where totals are given. "both": the same, from the log
         block alone; the residual block is not looked at. "pearson_residuals":
         ``mu + X * sqrt(mu + mu^2 / theta)`` with ``mu = total_counts * gene_fractions_``. Negative
-        results become 0. What clipping cut is lost, and genes that were not chosen stay out.
+        results become 0. What clipping cut is lost, and genes that were not chosen stay out. Values
+        of generated or averaged cells are smoother than those of real ones, and ``expm1`` of a mean
+        is less than the mean of ``expm1``: their counts have fewer zeros and sum to less than the
+        totals. Compare such cells with real ones in the space of ``transform``.
 
         Parameters
         ----------

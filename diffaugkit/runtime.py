@@ -329,8 +329,9 @@ class SharedCores:
             warnings.warn(
                 f"Other work on the cores of this machine leaves the fit {share:.0%} of one, "
                 f"and torch's {torch.get_num_threads()} threads hold one another up. With one "
-                "thread it would be several times as fast: set OMP_NUM_THREADS=1 before Python "
-                "starts, or call torch.set_num_threads(1).",
+                "thread it would be several times as fast: set OMP_NUM_THREADS=1 (with scanpy also "
+                "NUMBA_NUM_THREADS=1, as numba raises torch's number) before Python starts, or "
+                "call torch.set_num_threads(1) right before the fit.",
                 RuntimeWarning,
                 stacklevel=3,
             )

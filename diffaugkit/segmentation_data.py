@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffaugkit.image_files import _n_frames, _refuse_frames
 from diffaugkit.image_rows import BYTES, ImageRows
 from diffaugkit.rows import Rows
 
@@ -144,8 +145,9 @@ def read_masks(masks, images):
     Raises
     ------
     ValueError
-        For masks of another number or size than the images, values that are not whole numbers, or
-        JPEG files; the message names the row.
+        For masks of another number or size than the images, values that are not whole numbers,
+        bool masks beside labels above 1, JPEG files, or files of several frames or pages; the
+        message names the row.
     """
     if hasattr(masks, "detach"):
         masks = masks.detach().cpu().numpy()
@@ -158,7 +160,17 @@ def read_masks(masks, images):
             f"Found input variables with inconsistent numbers of samples: X has {len(images)} "
             f"images, but masks has {len(masks)}: one each."
         )
-    return [_read_mask(mask, images.size(row), row) for row, mask in enumerate(masks)]
+    found = [_read_mask(mask, images.size(row), row) for row, mask in enumerate(masks)]
+    bools = [row for row, mask in enumerate(found) if mask.dtype == bool]
+    for row, mask in enumerate(found if bools else ()):
+        # Files of 1 bit beside files of 8 bits: True is label 1, and 255 would be another class.
+        if mask.dtype != bool and mask.max(initial=0) > 1:
+            raise ValueError(
+                f"The mask in row {bools[0]} is of bools (1 bit), but that in row {row} holds "
+                f"label {mask.max()}: True would be label 1. Save all masks in one form, or give "
+                "arrays: [mask > 0 for mask in masks] for object and background."
+            )
+    return found
 
 
 def _read_mask(mask, size, row):
@@ -167,6 +179,10 @@ def _read_mask(mask, size, row):
 
         with Image.open(Path(mask)) as picture:
             return _read_mask(picture, size, row)
+    if hasattr(mask, "getbands"):
+        file = getattr(mask, "filename", "")
+        name = f"the mask in row {row}" + (f", {file}," if file else "")
+        _refuse_frames(_n_frames(mask), name, "an array (h, w) of labels for each image")
     # A TIFF may hold JPEG inside.
     inside = getattr(mask, "info", {}).get("compression")
     if getattr(mask, "format", None) == "JPEG" or inside in ("jpeg", "tiff_jpeg"):

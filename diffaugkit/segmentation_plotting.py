@@ -1,9 +1,11 @@
 """Display of masks: image, truth and prediction side by side, regions outlined on the image."""
 
+import os
+
 import numpy as np
 
-from diffaugkit.arrays import channel_last, guess_range, to_numpy
-from diffaugkit.image_plotting import _draw, _image_shape, _method, _rgb
+from diffaugkit.arrays import guess_range, to_numpy
+from diffaugkit.image_plotting import _draw, _image_shape, _method, _read, _rgb
 
 # The colours of Okabe and Ito (2008), which colour-blind readers tell apart, for labels 1, 2, ...
 _COLOURS = (
@@ -25,9 +27,10 @@ class SegmentationDisplay:
     Parameters
     ----------
     X : images, n of them
-        (n, h, w, c) or (n, h, w) arrays, (n, c, h, w) tensors, lists of arrays or PIL images, which
-        may differ in size, or (n, h * w * c) with `image_shape`; uint8 or float.
-    y_pred : bool or int array-like of shape (n, h, w) or (n, h * w), or list of (h, w)
+        (n, h, w, c) or (n, h, w) arrays, (n, c, h, w) tensors, lists of arrays, PIL images or
+        paths, which may differ in size, a folder, or (n, h * w * c) with `image_shape`; uint8 or
+        float.
+    y_pred : bool or int array-like of shape (n, h, w) or (n, h * w), or list of (h, w) or of paths
         Predicted label of each pixel.
     y_true : as `y_pred`, or None, default=None
         True labels; None leaves their column out.
@@ -254,9 +257,9 @@ class SegmentationDisplay:
 
 def _images(X, image_shape):
     """Read images as a list of (h, w, c); those that come as a list may differ in size."""
-    if not isinstance(X, list | tuple):
-        return list(channel_last(X, image_shape))
-    return [channel_last([image], image_shape)[0] for image in X]
+    if not isinstance(X, list | tuple) and len(getattr(X, "shape", ())) != 1:
+        return list(_read(X, image_shape))
+    return [_read([image], image_shape)[0] for image in X]
 
 
 def _masks(masks, name, sizes):
@@ -266,6 +269,10 @@ def _masks(masks, name, sizes):
         raise ValueError(f"{name} must hold {len(sizes)} masks, one per image, got {len(masks)}.")
     found = []
     for row, (mask, size) in enumerate(zip(masks, sizes, strict=True)):
+        if isinstance(mask, str | os.PathLike):
+            from diffaugkit.segmentation_data import _read_mask
+
+            mask = _read_mask(mask, size, row)
         mask = np.asarray(to_numpy(mask))
         if mask.shape == (size[0] * size[1],):
             mask = mask.reshape(size)

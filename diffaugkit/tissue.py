@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import warnings
+from collections import Counter
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from diffaugkit.arrays import refuse_missing, some
 from diffaugkit.image_files import _capital, _DecodedRows, _unreadable
 from diffaugkit.segmentation_data import tile_starts
 from diffaugkit.slides import NEAR, Slide, open_slide, read_box, thumbnail
@@ -62,8 +64,10 @@ class TissueTiles(_DecodedRows):
     slide_ids : sequence of str or int, or None, default=None
         Names of the slides. None: names of files without the suffix, and numbers for what has no
         file.
-    slide_mpp : float, sequence of float or None, default=None
-        Microns per pixel of the slides at level 0, where they do not know it, or not rightly.
+    slide_mpp : float, sequence, mapping or Series of float, or None, default=None
+        Microns per pixel of the slides at level 0, where they do not know it, or not rightly: a
+        sequence in the order of `slides`, a mapping or Series by the names of the slides. None in
+        it keeps what the slide says.
 
     Attributes
     ----------
@@ -141,7 +145,7 @@ class TissueTiles(_DecodedRows):
             raise ValueError("slides is empty: give at least one.")
         _check_numbers(tile_size, stride, level, mpp, min_tissue, tissue_threshold)
         self.slide_ids = _named_slides(slides, slide_ids)
-        known = _per_slide(slide_mpp, len(slides))
+        known = _per_slide(slide_mpp, self.slide_ids)
         self._slides, self._grids, parts, blank = [], [], [], []
         for number, item in enumerate(slides):
             try:
@@ -237,11 +241,11 @@ class TissueTiles(_DecodedRows):
         if not isinstance(indices, slice):
             indices = np.asarray(indices) if np.size(indices) else np.zeros(0, int)
         rows = np.arange(len(self))[indices]
-        some = copy.copy(self)
+        taken = copy.copy(self)
         for name in ("_slide", "_top", "_left", "_share"):
-            setattr(some, name, getattr(self, name)[rows])
-        some.shape, some._memo = (len(rows), *self.shape[1:]), {}
-        return some
+            setattr(taken, name, getattr(self, name)[rows])
+        taken.shape, taken._memo = (len(rows), *self.shape[1:]), {}
+        return taken
 
     @property
     def iloc(self):
@@ -270,7 +274,7 @@ class TissueTiles(_DecodedRows):
         Parameters
         ----------
         slide_id : str, int or None, default=None
-            Name of the slide; None takes the first.
+            Name of the slide; None takes the first that has tiles.
         values : array-like of shape (n_tiles,) or None, default=None
             Number of each tile, such as its attention, to colour it by. None outlines the tiles.
         ax : matplotlib Axes or None, default=None
@@ -293,7 +297,10 @@ class TissueTiles(_DecodedRows):
             raise ValueError(
                 f"values has shape {np.shape(values)}, but there are {len(self)} tiles: one each."
             )
-        number = 0 if slide_id is None else self._number(slide_id)
+        if slide_id is None:
+            number = self._slide.min() if len(self) else 0
+        else:
+            number = self._number(slide_id)
         if ax is None:
             ax = plt.figure(layout="constrained").add_subplot()
         height, width = self._slides[number].levels[0]
@@ -350,8 +357,9 @@ class TissueTiles(_DecodedRows):
     def _number(self, slide_id):
         found = np.flatnonzero(self.slide_ids == slide_id)
         if not len(found):
-            some = ", ".join(map(str, self.slide_ids[:5])) + ", ..." * (len(self.slide_ids) > 5)
-            raise ValueError(f"There is no slide {slide_id!r}: slide_ids are {some}.")
+            raise ValueError(
+                f"There is no slide {slide_id!r}: slide_ids are {some(self.slide_ids)}."
+            )
         return found[0]
 
     def _warn_of(self, blank, threshold, min_tissue):
@@ -573,6 +581,8 @@ def _named_slides(slides, slide_ids):
         ]
         if any(paths):
             slide_ids = list(map(str, slide_ids))
+    # Else NumPy would make the name "nan" of a missing one.
+    refuse_missing(slide_ids, "slide_ids", "names", "name every slide")
     names = np.asarray(slide_ids)
     if names.shape != (len(slides),):
         raise ValueError(
@@ -585,10 +595,23 @@ def _named_slides(slides, slide_ids):
     return names
 
 
-def _per_slide(slide_mpp, n):
+def _per_slide(slide_mpp, slide_ids):
     """One resolution for each slide, or None."""
-    one = slide_mpp is None or isinstance(slide_mpp, Real)
-    values = [slide_mpp] * n if one else list(slide_mpp)
+    n = len(slide_ids)
+    if slide_mpp is None or isinstance(slide_mpp, Real):
+        values = [slide_mpp] * n
+    elif hasattr(slide_mpp, "items"):
+        # A mapping or a Series: a list of it would be its keys, or the order of another table.
+        names, counts = slide_ids.tolist(), Counter(slide_mpp.keys())
+        missing = [repr(name) for name in names if counts[name] != 1]
+        if missing:
+            raise ValueError(
+                f"slide_mpp must name each slide once, by slide_ids, but not so {some(missing)}: "
+                f"it has {some(map(repr, counts))}. Give a list for the order of slides."
+            )
+        values = [slide_mpp[name] for name in names]
+    else:
+        values = list(slide_mpp)
     if len(values) != n:
         raise ValueError(f"slide_mpp has {len(values)} entries for {n} slides: one each.")
     for value in values:

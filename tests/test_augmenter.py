@@ -19,7 +19,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
 
-from diffaugkit import EmbeddingConditionedDiffusion, SelfSupervisedEncoder, load
+from diffaugkit import DiffAugEM, EmbeddingConditionedDiffusion, SelfSupervisedEncoder, load
 from diffaugkit.augmenter import GenerativeAugmenter
 from diffaugkit.embedding_diffusion import interpolate_rows
 from diffaugkit.resampling import SharedLabelPairs, count_wanted, cycle, read_targets
@@ -724,3 +724,27 @@ def test_repeated_names_of_genes_that_are_not_used(data, frozen):
     out, _ = tiny(FrozenEstimator(generator)).fit_resample(more, y)
     assert out.var_names.tolist() == named.columns.tolist()
     np.testing.assert_array_equal(out.X[:60], X)
+
+
+def test_a_fitted_em_generates(data, tmp_path):
+    X, y = data[0][:60], data[1][:60]
+    parts = {
+        "encoder": SelfSupervisedEncoder(hidden_sizes=(8,), n_components=4),
+        "schedule": (1, 1, 1),
+    }
+    em = DiffAugEM(diffusion=tiny_diffusion(), random_state=0, **parts).fit(X)
+    augmenter = tiny(FrozenEstimator(em), min_confidence=None, min_copy_ratio=None)
+    out, _ = augmenter.fit_resample(X, y)
+    source = augmenter.provenance_["source"].to_numpy()
+    again = em.diffusion_.sample(
+        em.transform(X)[source], random_state=augmenter.provenance_["seed"][0]
+    )
+    np.testing.assert_allclose(out[60:], again, rtol=1e-5, atol=1e-5)
+    assert em.diffusion_.encoder_ is None  # left as it was
+    augmenter.save(tmp_path / "model")
+    np.testing.assert_array_equal(load(tmp_path / "model").resample(X, y)[0], out)
+    with pytest.raises(TypeError, match=r"DiffAugEM cannot generate for labels: .*FrozenEstimator"):
+        tiny(DiffAugEM(**parts)).fit_resample(X, y)
+    random = DiffAugEM(diffusion=tiny_diffusion(), condition="random", **parts).fit(X)
+    with pytest.raises(ValueError, match="condition='embedding' and an M-step only"):
+        tiny(FrozenEstimator(random)).fit_resample(X, y)

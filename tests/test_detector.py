@@ -120,6 +120,13 @@ def test_boxes_of_classes_and_of_instances():
     assert found[0]["labels"].tolist() == [1]
     assert found[1]["boxes"].shape == (0, 4)
     assert boxes_from_masks(-mask, instances=True)["boxes"].shape == (2, 4)
+    # What holds no numbers of objects gives no boxes of instances.
+    with pytest.raises(ValueError, match=r"masks must hold numbers.*give label_instances\(masks\)"):
+        boxes_from_masks([mask, mask > 0], instances=True)
+    with pytest.warns(UserWarning, match="masks has no label but 255"):
+        boxes_from_masks(255 * (mask > 0), instances=True)
+    with pytest.raises(ValueError, match=r"such as np\.asarray\(PIL\.Image\.open\(path\)\)"):
+        boxes_from_masks(["a.png", "b.png"])
     with pytest.raises(ValueError, match="float"):
         boxes_from_masks(mask / 2)
     with pytest.raises(ValueError, match=r"shape \(\)"):

@@ -28,6 +28,7 @@ from diffaugkit.data import check_X
 from diffaugkit.image_files import FileImageRows, list_images
 from diffaugkit.image_rows import ImageRows, from_unit, to_unit
 from diffaugkit.rows import DenseRows, MappedRows, Rows, TemporaryRows
+from diffaugkit.segmentation_data import ImageList, read_masks
 
 N, H, W = 12, 9, 7
 
@@ -560,6 +561,71 @@ def test_bytes_behind_the_end_are_welcome(truth, tmp_path):
     np.testing.assert_array_equal(np.asarray(gate(paths)), np.asarray(rows))
 
 
+def test_several_frames_are_refused(truth, grey, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    stack, slices = tmp_path / "stack.tif", tmp_path / "slices.tif"
+    tifffile.imwrite(stack, grey[:5], photometric="minisblack")
+    tifffile.imwrite(slices, np.zeros((16, 20, 5), np.uint16))  # by default 16 pages of 20 x 5
+    pictures = [Image.fromarray(x) for x in truth]
+    options = {"save_all": True, "append_images": pictures[1:3]}
+    for suffix in ("gif", "png", "webp"):
+        pictures[0].save(tmp_path / f"moves.{suffix}", **options)
+    for name, n in (
+        ("stack.tif", 5),
+        ("slices.tif", 16),
+        ("moves.gif", 3),
+        ("moves.png", 3),
+        ("moves.webp", 3),
+    ):
+        path = tmp_path / name
+        message = rf"{name} holds {n} frames or pages.*tifffile\.imread and give arrays \(h, w, c\)"
+        with pytest.raises(ValueError, match=message):
+            gate([path])
+        with pytest.raises(ValueError, match=f"in row 0 holds {n} frames"):
+            gate([Image.open(path)])
+    with pytest.raises(ValueError, match="Item 1 of the Dataset holds 5 frames"):
+        gate(Items([pictures[0], Image.open(stack)]))
+    shard = write_shard(tmp_path / "a.tar", [("0.tif", stack.read_bytes())])
+    with pytest.raises(ValueError, match=r"Member 0\.tif of shard .* holds 5 frames"):
+        gate(shard)
+    # One frame taken out, the levels of a pyramid, and the preview of a photo are welcome.
+    image = Image.open(stack)
+    image.seek(3)
+    np.testing.assert_array_equal(gate([image.copy()])[0][0].numpy(), grey[3])
+    with tifffile.TiffWriter(tmp_path / "levels.tif") as file:
+        file.write(truth[0], photometric="rgb")
+        file.write(truth[0, ::2, ::2], photometric="rgb", subfiletype=1)
+    pictures[0].save(tmp_path / "photo.mpo", **options)
+    Path(tmp_path / "photo.mpo").rename(tmp_path / "photo.jpg")
+    for path in (tmp_path / "levels.tif", tmp_path / "photo.jpg"):
+        first = np.asarray(Image.open(path)).transpose(2, 0, 1)
+        np.testing.assert_array_equal(gate([path])[0].numpy(), first)
+        np.testing.assert_array_equal(gate([Image.open(path)])[0].numpy(), first)
+
+
+def test_masks_of_two_forms_or_several_frames_are_refused(truth, tmp_path):
+    from diffaugkit import DiffusionSegmenter
+
+    segmenter = DiffusionSegmenter(None, max_epochs=1)
+    masks = [truth[row, ..., 0] > 100 for row in range(4)]
+    bits = write_folder(tmp_path / "bits", masks)
+    paths = write_folder(tmp_path / "bytes", [255 * mask.astype(np.uint8) for mask in masks])
+    for mixed in ([bits[0], *paths[1:]], [masks[0], *(2 * m.astype(int) for m in masks[1:])]):
+        with pytest.raises(ValueError, match=r"row 0 is of bools .* in row 1 holds label (255|2)"):
+            segmenter.fit(truth[:4], mixed)
+    # In one form, and beside 0 and 1, bools are labels.
+    images = ImageList([gate(truth[:4])], [(0, 255)])
+    found = read_masks([bits[0], *masks[1:3], masks[3].astype(np.uint8)], images)
+    np.testing.assert_array_equal(np.stack(found), masks)
+    frames = [Image.fromarray(m.astype(np.uint8)) for m in masks]
+    frames[0].save(tmp_path / "two.tif", save_all=True, append_images=frames[1:2])
+    for mixed in (tmp_path / "two.tif", Image.open(tmp_path / "two.tif")):
+        with pytest.raises(
+            ValueError, match=r"mask in row 3, .*two\.tif, holds 2 frames.*\(h, w\)"
+        ):
+            segmenter.fit(truth[:4], [*masks[:3], mixed])
+
+
 def test_mixed_images_are_named(truth, grey, tmp_path):
     paths = write_folder(tmp_path, truth)
     Image.fromarray(truth[3][:4]).save(paths[3])
@@ -570,6 +636,15 @@ def test_mixed_images_are_named(truth, grey, tmp_path):
     Image.fromarray(grey[3]).save(paths[3])
     with pytest.raises(ValueError, match=r"0003.png is greyscale, but .*0000.png is colour.*conve"):
         gate(paths)
+    # PIL would clip 16 bits and floats to white or black.
+    for odd, kind in ((grey[3].astype(np.uint16), "16-bit"), (np.float32(grey[3]), "float")):
+        mixed = write_folder(tmp_path / kind, [grey[0], grey[1]], ".tif")
+        Image.fromarray(odd).save(mixed[1])
+        with pytest.raises(
+            ValueError, match=rf"is {kind} grey.*np\.asarray\(image\) / 65535"
+        ) as raised:
+            gate(mixed)
+        assert "convert" not in str(raised.value)
     with pytest.raises(ValueError, match="The image in row 2 is a NoneType; lists of images hold"):
         gate([paths[0], paths[1], None])
     images = [Image.fromarray(x) for x in truth]

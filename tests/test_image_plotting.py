@@ -2,8 +2,10 @@
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from diffaugkit.plotting import AttentionDisplay, InterpolationDisplay, SampleGridDisplay
 
@@ -78,6 +80,24 @@ def test_sample_grid_shows_source_generated_and_nearest():
     assert np.allclose(shown[:, 3] * 255, real[distance.argmin(axis=1)])
 
 
+@pytest.mark.parametrize("scale", ["bytes", "floats"])
+def test_a_copy_is_found_on_another_scale(scale):
+    X, real = pictures(3), pictures(40, seed=1)
+    real[[4, 11, 30]] = X
+    real[0], real[1] = 0, 250  # nearest to all if bytes and floats are compared as they are
+    share = real / 255.0
+
+    class Memory:
+        def augment(self, X, n_per_sample):
+            return X if scale == "bytes" else X / 255.0
+
+    known = share if scale == "bytes" else real
+    display = SampleGridDisplay.from_estimator(Memory(), X, n_per_sample=1, real=known)
+    shown = tiles(display)
+    assert shown.shape[1] == 3
+    assert np.allclose(shown * 255, X[:, None], atol=1e-3)
+
+
 def test_sample_grid_of_nearest_images_under_an_extractor():
     X, real = pictures(2), pictures(30, seed=1)
 
@@ -143,6 +163,40 @@ def test_bytes_and_floats_stand_beside_each_other():
         assert np.allclose(shown * 255, image[:, None], atol=1e-3)
         shown = tiles(InterpolationDisplay(source, source, [made], [0.5]).plot())
         assert np.allclose(shown * 255, image[:, None], atol=1e-3)
+
+
+def test_ends_of_a_strip_on_two_scales():
+    a, b = pictures(2), pictures(2, seed=1)
+    for ends in ((a, b / 255.0), (a / 255.0, b), (a / 127.5 - 1, b)):
+        display = InterpolationDisplay(*ends, [a], [1.0]).plot()
+        assert np.allclose(tiles(display) * 255, np.stack([a, a, b], axis=1), atol=1e-3)
+    # Floats of one scale keep it, though each end fills a part.
+    low, high = np.full((1, 6, 5), 2.0), np.full((1, 6, 5), 8.0)
+    low[0, 0, 0], high[0, 0, 0] = 0.0, 10.0
+    shown = tiles(InterpolationDisplay(low, high, [low], [1.0]).plot())
+    assert np.allclose(shown[0, :, 3, 3, 0], [0.2, 0.2, 0.8])
+
+
+def test_paths_are_read(tmp_path):
+    images = pictures(3)
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for image, path in zip(images, paths, strict=True):
+        Image.fromarray(image).save(path)
+
+    class Reader(Generator):
+        def augment(self, X, n_per_sample):
+            return images
+
+        def interpolate(self, X_a, X_b, alpha):
+            return images
+
+    for given in (paths, np.array(paths), pd.Series(paths, index=[7, 8, 9]), str(tmp_path)):
+        grid = SampleGridDisplay.from_estimator(Reader(), given, n_per_sample=1, real=given)
+        assert np.allclose(tiles(grid) * 255, images[:, None])
+        strips = InterpolationDisplay.from_estimator(Reader(), given, given, [0.5])
+        assert np.allclose(tiles(strips) * 255, images[:, None])
+    seen = AttentionDisplay.from_estimator(Generator(), paths)
+    assert np.allclose(tiles(seen)[:, 0] * 255, images)
 
 
 def test_small_images_keep_their_pixels_and_large_ones_are_averaged():

@@ -1,6 +1,7 @@
 """Scores of masks against scikit-learn, scikit-image, torchmetrics and slow oracles."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -166,6 +167,36 @@ def test_sensitivity_of_classes_with_names_and_scorers():
         assert scorer(model, X, y) == function(y, model.predict(X))
 
 
+def test_sensitivity_without_the_pixels_that_are_ignored():
+    true, predicted = random_masks()
+    counted = true != 2
+    for score in (sensitivity, specificity):
+        for average in (True, False):
+            found = score(true, predicted, average=average, ignore_label=2)
+            expected = score(true[counted], predicted[counted], average=average)
+            np.testing.assert_array_equal(found, expected)
+        assert score(["a", "b", "?"], ["a", "b", "a"], ignore_label="?") == 1.0
+        assert score(["?"], ["a"], ignore_label="?") == 0.0  # as of no positives
+
+
+@pytest.mark.parametrize(
+    "score", [dice_score, iou_score, pixel_aji, sensitivity, specificity], ids=lambda s: s.__name__
+)
+def test_bool_beside_other_classes_is_refused(score):
+    true = random_masks(n_labels=2)[0]
+    found = true.astype(bool)
+    assert score(true, found) == score(found, true) == 1.0
+    with pytest.raises(ValueError, match=r"y_pred is of bool .* y_true holds label 255.*rue > 0"):
+        score(255 * true, found)
+    with pytest.raises(ValueError, match=r"y_true is of bool .* y_pred holds label 255"):
+        score(found, 255 * true)
+    # Pixels without a label are none of a class, and one class may be asked for.
+    some = true.copy()
+    some[:, :3] = 255
+    assert score(some, found, ignore_label=255) == 1.0
+    assert score(3 * ~found + true, found, labels=[1]) == 1.0
+
+
 def test_a_scorer_of_masks():
     class Threshold(BaseEstimator):
         def fit(self, X, y=None):
@@ -295,6 +326,7 @@ def slow_aji(true, predicted):
     return intersection / union if union else 1.0
 
 
+@pytest.mark.filterwarnings("ignore:.* separate regions count as one")
 @settings(max_examples=80, deadline=None)
 @given(PAIRS)
 def test_object_aji_is_the_algorithm_of_the_paper(pair):
@@ -324,6 +356,33 @@ def test_bool_masks_hold_no_objects(score):
             score(*pair)
 
 
+@pytest.mark.parametrize("score", [object_aji, object_f1, panoptic_quality])
+def test_one_label_of_several_regions_is_a_warning(score):
+    true = np.zeros((2, 9, 9), np.uint8)
+    true[:, 1:3, 1:3] = true[1, 5:8, 5:8] = 255
+    objects = label_instances(true)
+    with pytest.warns(UserWarning, match=r"y_true has no label but 255.*label_instances\(y_true\)"):
+        score(true, objects)
+    with pytest.warns(UserWarning, match=r"y_pred has no label but 255") as caught:
+        score(objects, list(true))
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert score(objects, objects) == 1.0
+        assert score(true[0], true[0]) == 1.0  # one region
+
+
+def test_paths_are_no_masks():
+    for call in (
+        lambda: label_instances(["a.png", "b.png"]),
+        lambda: dice_score(["a.png"], ["b.png"]),
+        lambda: object_f1("a.png", "b.png"),
+    ):
+        with pytest.raises(ValueError, match=r"got paths: give \[PIL\.Image\.open\(path\) for"):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore:.* separate regions count as one")
 @settings(max_examples=60, deadline=None)
 @given(PAIRS, st.sampled_from([0.2, 0.5, 0.75]))
 def test_object_f1_and_panoptic_quality_by_trial(pair, threshold):

@@ -2,9 +2,11 @@
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from diffaugkit.segmentation_plotting import SegmentationDisplay
 
@@ -129,6 +131,25 @@ def test_every_kind_of_image_and_mask(X, masks):
             np.testing.assert_allclose(tiles(display), expected, atol=1e-6)
     grey = SegmentationDisplay(X[..., 0], masks > 0).plot()
     assert headings(grey) == ["image", "prediction"]
+
+
+def test_paths_of_images_and_masks(X, masks, tmp_path):
+    images, regions = [X[0], X[1, :5, :7]], [masks[0], masks[1, :5, :7]]
+    expected = SegmentationDisplay.from_predictions(images, regions, regions).image_.get_array()
+    paths = [[str(tmp_path / f"{kind}{row}.png") for row in range(2)] for kind in ("x", "y")]
+    for files, arrays in zip(paths, (images, regions), strict=True):
+        for path, array in zip(files, arrays, strict=True):
+            Image.fromarray(array.astype(np.uint8)).save(path)
+    for kind in (list, np.array, pd.Series):
+        x, y = map(kind, paths)
+        display = SegmentationDisplay.from_estimator(Segmenter(regions), x, y)
+        np.testing.assert_array_equal(display.image_.get_array(), expected)
+    (tmp_path / "folder").mkdir()
+    for row in range(2):
+        Image.fromarray(X[row]).save(tmp_path / "folder" / f"{row}.png")
+    whole = SegmentationDisplay.from_predictions(tmp_path / "folder", masks, masks)
+    expected = SegmentationDisplay.from_predictions(X, masks, masks)
+    np.testing.assert_array_equal(whole.image_.get_array(), expected.image_.get_array())
 
 
 def test_from_estimator_and_given_axes(X, masks):

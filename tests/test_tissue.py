@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tifffile
 import torch
@@ -254,6 +255,28 @@ def test_nearly_the_same_resolution_is_not_rescaled(slide):
     np.testing.assert_array_equal(tiles.read(1), slide[:64, 64:128])
 
 
+def test_resolutions_by_the_names_of_slides(slide):
+    options = {"mpp": 4.0, "slide_ids": [1, 2], "tissue_threshold": None}
+    sides = {1: 16, 2: 8}
+    for known in (
+        [2.0, 4.0],
+        {1: 2.0, 2: 4.0, 9: None},
+        pd.Series([4.0, 2.0], index=[2, 1]),
+    ):
+        table = TissueTiles([slide, slide], 8, slide_mpp=known, **options).table
+        assert table.groupby("slide")["height"].unique().map(list).to_dict() == {
+            name: [side] for name, side in sides.items()
+        }
+    for known, missing in (
+        ({0: 2.0, 1: 4.0}, "not so 2: it has 0, 1"),
+        ({"1": 2.0, "2": 4.0}, "not so 1, 2: it has '1', '2'"),
+        (pd.Series([2.0, 4.0]), "not so 2: it has 0, 1"),
+        (pd.Series([2.0, 4.0, 2.0], index=[1, 2, 2]), "not so 2: it has 1, 2"),
+    ):
+        with pytest.raises(ValueError, match=f"slide_mpp must name each slide once.*{missing}"):
+            TissueTiles([slide, slide], 8, slide_mpp=known, **options)
+
+
 def test_a_slide_of_your_own_with_two_levels_of_pixels_that_are_no_squares():
     class Gradient(Slide):
         """Values tell where a pixel was read: (row, column, level)."""
@@ -374,6 +397,10 @@ def test_plot_shows_the_tiles_of_a_slide(cohort):
     with pytest.raises(ValueError, match=r"There is no slide 'x': slide_ids are a, b, c, d"):
         cohort.plot("x")
     assert cohort.thumbnail("a", 32).shape == (24, 32, 3)
+    # Without a name the first slide that has tiles.
+    assert cohort.plot().get_title() == "a: 48 tiles"
+    assert cohort.take(cohort.groups >= "c").plot().get_title() == "c: 48 tiles"
+    assert cohort.take([]).plot().get_title() == "a: 0 tiles"
     plt.close("all")
 
 
@@ -523,6 +550,8 @@ GOOD = painted(64, 64, (0, 64, 0, 64))
         ([GOOD], {"slide_mpp": [0.5, 0.5]}, "slide_mpp has 2 entries for 1 slides"),
         ([GOOD, GOOD], {"slide_ids": ["a", "a"]}, "Slide names must be unique, but a is not"),
         ([GOOD], {"slide_ids": ["a", "b"]}, r"slide_ids has shape \(2,\), but there are 1 slides"),
+        ([GOOD, GOOD], {"slide_ids": ["a", np.nan]}, "slide_ids has missing names .* in rows 1"),
+        ([GOOD, GOOD], {"slide_ids": ["a", None]}, "slide_ids has missing names .*name every"),
         (["x/s.svs", "y/s.svs"], {}, "but s is not: give slide_ids="),
         ([], {}, "slides is empty"),
         (["nowhere/s.svs"], {}, r"Slide s cannot be read: there is no file nowhere.s\.svs"),

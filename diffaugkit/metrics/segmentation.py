@@ -16,6 +16,8 @@ objects from classes. Macro F1 and AUC are scikit-learn's.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -70,7 +72,8 @@ def dice_score(
     Raises
     ------
     ValueError
-        If shapes disagree, or the masks hold probabilities.
+        If shapes disagree, the masks hold probabilities, or bool masks stand beside labels other
+        than 0 and 1.
 
     See Also
     --------
@@ -113,7 +116,8 @@ def iou_score(
     Raises
     ------
     ValueError
-        If shapes disagree, or the masks hold probabilities.
+        If shapes disagree, the masks hold probabilities, or bool masks stand beside labels other
+        than 0 and 1.
 
     Examples
     --------
@@ -153,7 +157,8 @@ def pixel_aji(
     Raises
     ------
     ValueError
-        If shapes disagree, or the masks hold probabilities.
+        If shapes disagree, the masks hold probabilities, or bool masks stand beside labels other
+        than 0 and 1.
 
     Examples
     --------
@@ -172,6 +177,7 @@ def sensitivity(
     *,
     labels: Sequence | None = None,
     average: bool = True,
+    ignore_label: int | str | None = None,
     zero_division: float = 0.0,
 ) -> float | np.ndarray:
     """Share of a class that is recognised: true positives over all positives.
@@ -186,6 +192,8 @@ def sensitivity(
         Classes to count. None: 1 of 0 and 1, the second of two sorted classes, all of more.
     average : bool, default=True
         Whether to return the mean over the classes (each counts the same), or one value each.
+    ignore_label : int, str or None, default=None
+        Samples or pixels of this label in `y_true` are left out.
     zero_division : float, default=0.0
         Value of a class without positives; NaN leaves it out of the mean.
 
@@ -196,7 +204,7 @@ def sensitivity(
     Raises
     ------
     ValueError
-        If shapes disagree.
+        If shapes disagree, or bool masks stand beside labels other than 0 and 1.
 
     See Also
     --------
@@ -209,7 +217,7 @@ def sensitivity(
     >>> sensitivity(y_true, y_pred), specificity(y_true, y_pred)
     (0.75, 0.5)
     """
-    counts = _confusion(y_true, y_pred, labels)
+    counts = _confusion(y_true, y_pred, labels, ignore_label)
     return _ratio(counts[:, 1, 1][None], counts[:, 1].sum(axis=1)[None], average, zero_division)
 
 
@@ -219,13 +227,14 @@ def specificity(
     *,
     labels: Sequence | None = None,
     average: bool = True,
+    ignore_label: int | str | None = None,
     zero_division: float = 0.0,
 ) -> float | np.ndarray:
     """Share of what is not of a class that is not taken for it: true over all negatives.
 
     Parameters
     ----------
-    y_true, y_pred, labels, average
+    y_true, y_pred, labels, average, ignore_label
         As for :func:`sensitivity`.
     zero_division : float, default=0.0
         Value of a class without negatives; NaN leaves it out of the mean.
@@ -237,7 +246,7 @@ def specificity(
     Raises
     ------
     ValueError
-        If shapes disagree.
+        If shapes disagree, or bool masks stand beside labels other than 0 and 1.
 
     Examples
     --------
@@ -245,7 +254,7 @@ def specificity(
     >>> specificity(["a", "b", "a", "a"], ["a", "b", "b", "a"])
     0.6666666666666666
     """
-    counts = _confusion(y_true, y_pred, labels)
+    counts = _confusion(y_true, y_pred, labels, ignore_label)
     return _ratio(counts[:, 0, 0][None], counts[:, 0].sum(axis=1)[None], average, zero_division)
 
 
@@ -423,6 +432,11 @@ def object_aji(y_true: ArrayLike, y_pred: ArrayLike, *, average: bool = True) ->
     ValueError
         If shapes disagree, or masks hold no labels, or are bool: those hold no numbers of objects.
 
+    Warns
+    -----
+    UserWarning
+        If all masks hold one label, such as 255, in several regions: it counts as one object.
+
     References
     ----------
     Kumar et al. 2017, "A Dataset and a Technique for Generalized Nuclear Segmentation for
@@ -431,8 +445,8 @@ def object_aji(y_true: ArrayLike, y_pred: ArrayLike, *, average: bool = True) ->
     Examples
     --------
     >>> from diffaugkit.metrics import object_aji
-    >>> object_aji([[1, 1, 0, 2, 2]], [[1, 1, 0, 1, 1]]), object_aji([[1, 1, 0]], [[0, 5, 0]])
-    (0.5, 0.5)
+    >>> object_aji([[1, 1, 0, 2, 2]], [[1, 1, 1, 1, 1]]), object_aji([[1, 1, 0]], [[0, 5, 0]])
+    (0.4, 0.5)
     """
 
     def score(overlap, true, predicted):
@@ -702,6 +716,11 @@ def row_hausdorff(
 
 def _mask(y, name):
     y = np.asarray(to_numpy(y))
+    if any(isinstance(value, str | os.PathLike) for value in y.ravel()[:1]):
+        raise ValueError(
+            f"{name} must hold arrays, tensors or PIL images, got paths: give "
+            f"[PIL.Image.open(path) for path in {name}]."
+        )
     if y.dtype.kind not in "biu":
         raise ValueError(f"{name} must hold bool or int labels, got {y.dtype}; threshold it first.")
     return y
@@ -740,6 +759,20 @@ def _check_shapes(true, predicted):
         )
 
 
+def _refuse_mixed(true, predicted, labels):
+    """Refuse bool masks beside classes other than 0 and 1: True counts as label 1."""
+    pairs = ("y_true", true, "y_pred", predicted), ("y_pred", predicted, "y_true", true)
+    for name, mask, other, classes in pairs:
+        if mask.dtype != bool or classes.dtype == bool:
+            continue
+        found = np.setdiff1d(classes if labels is None else labels, [0, 1])
+        if len(found):
+            raise ValueError(
+                f"{name} is of bool masks, whose True is label 1, but {other} holds label "
+                f"{found[0]}: give both in one form, such as {other} > 0."
+            )
+
+
 def _region_sizes(y_true, y_pred, labels, per_image, ignore_label):
     """Return overlap, true and predicted size in pixels, each (n_images or 1, n_labels)."""
     true, predicted, ends = _aligned(y_true, y_pred)
@@ -751,6 +784,7 @@ def _region_sizes(y_true, y_pred, labels, per_image, ignore_label):
     n = len(true) if per_image and ends is None else 1
     true, predicted = true.reshape(n, -1), predicted.reshape(n, -1)
     counted = np.ones_like(true, bool) if ignore_label is None else true != ignore_label
+    _refuse_mixed(true[counted], predicted[counted], labels)
     if labels is None:
         labels = np.union1d(true[counted], predicted[counted])
         labels = labels[labels != 0]
@@ -776,9 +810,13 @@ def _ratio(above, below, average, zero_division, per_image=False):
     return float(values.mean()) if values.size else float(zero_division)
 
 
-def _confusion(y_true, y_pred, labels):
+def _confusion(y_true, y_pred, labels, ignore_label):
     true, predicted, _ = _aligned(y_true, y_pred)
     true, predicted = true.ravel(), predicted.ravel()
+    if ignore_label is not None:
+        counted = true != ignore_label
+        true, predicted = true[counted], predicted[counted]
+    _refuse_mixed(true, predicted, labels)
     if labels is None:
         labels = np.union1d(true, predicted)
         if labels.dtype.kind in "biuf" and set(labels.tolist()) <= {0, 1}:
@@ -788,7 +826,7 @@ def _confusion(y_true, y_pred, labels):
     if np.isin(labels, np.union1d(true, predicted)).any():
         return multilabel_confusion_matrix(true, predicted, labels=labels)
     # scikit-learn refuses labels of which there are none.
-    return np.array([[[len(true), 0], [0, 0]]] * len(labels))
+    return np.array([[[len(true), 0], [0, 0]]] * len(labels)).reshape(-1, 2, 2)
 
 
 def _images(y, name):
@@ -857,19 +895,44 @@ def _matched(score, y_true, y_pred, labels, many_to_one, average, ignore_label):
 
 
 def _over_objects(score, y_true, y_pred, average):
-    values = []
-    for true, predicted in _image_pairs(y_true, y_pred):
-        for name, mask in (("y_true", true), ("y_pred", predicted)):
-            if mask.dtype == bool:
-                raise ValueError(
-                    f"{name} is of bool masks, which hold no numbers of objects, so that all would "
-                    f"count as one: give label_instances({name})."
-                )
+    values, pairs = [], _image_pairs(y_true, y_pred)
+    for name, masks in zip(("y_true", "y_pred"), zip(*pairs, strict=True), strict=True):
+        check_objects(masks, name, stacklevel=4)
+    for true, predicted in pairs:
         t_labels, p_labels, table = _overlaps(true, predicted)
         t, p = t_labels != 0, p_labels != 0
         values.append(score(table[t][:, p], table.sum(axis=1)[t], table.sum(axis=0)[p]))
     values = np.array(values, dtype=float)
     return float(values.mean()) if average else values
+
+
+def check_objects(masks, name, *, stacklevel=3):
+    """Refuse bool masks, and warn of masks of one label, where numbers of objects are needed.
+
+    Parameters
+    ----------
+    masks : sequence of ndarray of shape (h, w)
+        Masks of a set of images.
+    name : str
+        What the caller calls them.
+    stacklevel : int, default=3
+        Of the warning.
+    """
+    if any(mask.dtype == bool for mask in masks):
+        raise ValueError(
+            f"{name} must hold numbers of objects, got bools, which would all count as one: give "
+            f"label_instances({name})."
+        )
+    inside = (mask[mask != 0] for mask in masks if mask.any())
+    labels = {int(value) for found in inside for value in (found.min(), found.max())}
+    # As label_instances joins pixels.
+    if len(labels) == 1 and any(label(mask != 0, np.ones((3, 3)))[1] > 1 for mask in masks):
+        warnings.warn(
+            f"{name} has no label but {labels.pop()}, whose separate regions count as one object: "
+            f"label_instances({name}) numbers them.",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _check_threshold(iou_threshold):
