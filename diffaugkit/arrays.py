@@ -85,7 +85,10 @@ def channel_last(images: Any, image_shape: Sequence[int] | None = None) -> np.nd
         )
     early, late = images.shape[1] in _CHANNELS, images.shape[3] in _CHANNELS
     if not early and not late:
-        raise ValueError(f"images must have 1, 3 or 4 channels, got shape {images.shape}.")
+        raise ValueError(
+            f"images must have 1, 3 or 4 channels, got shape {images.shape}; pick those to show, "
+            "such as X[..., :3]."
+        )
     return np.moveaxis(images, 1, -1) if early and (first or not late) else images
 
 

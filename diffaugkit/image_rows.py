@@ -43,8 +43,8 @@ class ImageRows(Rows):
     Raises
     ------
     ValueError
-        If the channel axis is not 1 to 4 long, if `image_shape` does not fit the width, or if a
-        value is NaN or infinite; the message names the row.
+        If the channel axis is neither 1 to 4 long nor shorter than both sides, if `image_shape`
+        does not fit the width, or if a value is NaN or infinite; the message names the row.
 
     Examples
     --------
@@ -215,7 +215,7 @@ def resolve_image_shape(image_shape, shape, *, is_flat=False):
     Returns
     -------
     tuple of (int, int, int)
-        (h, w, c), whose channels are 1 to 4 unless the images are flattened.
+        (h, w, c).
 
     Raises
     ------
@@ -320,13 +320,15 @@ def _permuted(array, layout, image_shape):
     else:
         first = layout == "channels_first"
         axis, other = (1, 3) if first else (3, 1)
-        if not 1 <= array.shape[axis] <= 4:
+        n_channels, sides = array.shape[axis], array.shape[2:] if first else array.shape[1:3]
+        # More than four, of fluorescence say, are told from a side by being fewer.
+        if not (1 <= n_channels <= 4 or 4 < n_channels < min(sides)):
             kind = "a channel-first tensor" if first else "a channel-last array"
             swap = ".permute(0, 3, 1, 2)" if first else ".transpose(0, 2, 3, 1)"
             fix = f"; give X{swap}" if 1 <= array.shape[other] <= 4 else ""
             raise ValueError(
-                f"X has shape {array.shape}: {kind} has 1 to 4 channels on axis {axis}, not "
-                f"{array.shape[axis]}{fix}."
+                f"X has shape {array.shape}: {kind} has 1 to 4 channels on axis {axis}, or fewer "
+                f"than rows and columns, not {n_channels}{fix}."
             )
         array = array if first else array.transpose(0, 3, 1, 2)
     if image_shape is not None:

@@ -681,9 +681,11 @@ def test_not_finite(kind, value, truth, tmp_path):
 
 def test_clear_errors(truth, grey, tmp_path):
     cases = [
-        (tensor_of(truth).numpy(), {}, r"channel-last .* axis 3, not 7.*transpose\(0, 2, 3, 1\)"),
-        (torch.from_numpy(truth), {}, r"channel-first .* axis 1, not 9.*permute\(0, 3, 1, 2\)"),
-        (np.zeros((2, 8, 8, 7)), {}, r"1 to 4 channels on axis 3, not 7\."),
+        (tensor_of(truth).numpy(), {}, r"channel-last .* not 7.*transpose\(0, 2, 3, 1\)"),
+        (torch.from_numpy(truth), {}, r"channel-first .* axis 1, .*, not 9.*permute\(0, 3, 1, 2\)"),
+        (np.zeros((2, 8, 8, 9)), {}, r"1 to 4 channels on axis 3, .*, not 9\."),
+        (np.zeros((2, 8, 8, 8)), {}, r"1 to 4 channels on axis 3, .*, not 8\."),
+        (np.zeros((2, 5, 8, 8)), {}, r"1 to 4 channels on axis 3, .*, not 8\."),
         (truth[0], {}, r"looks like one colour image.*X\[None\]"),
         (truth[None], {}, "Found array with dim 5|images are"),
         (truth[:0], {}, r"0 sample\(s\)"),
@@ -883,3 +885,12 @@ def test_rows_like_others(truth):
     lazy = MappedRows(rows, double, (3, H, W))
     made = ImageRows.like(rows, lazy)
     assert (made.layout, made.pixel_range, lazy.pixel_range) == ("flat", (0, 255), None)
+
+
+def test_more_channels_than_four():
+    rng = np.random.default_rng(0)
+    X = rng.integers(0, 256, (6, 12, 10, 7)).astype(np.uint8)
+    for images in (X, tensor_of(X)):
+        rows = check_X(Pixels(), images, reset=True, images=True)
+        assert rows.shape == (6, 7, 12, 10)
+        np.testing.assert_array_equal(rows[:].permute(0, 2, 3, 1), X)
