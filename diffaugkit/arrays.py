@@ -109,3 +109,18 @@ def standard_range(low: float, high: float) -> tuple[float, float]:
         if known[0] <= low and high <= known[1]:
             return known
     return low, high
+
+
+def embedder(estimator, method):
+    """Return a function X -> embedding; in a Pipeline the last step's method after the others."""
+    embed = getattr(estimator, method, None)
+    if embed is not None:
+        return embed
+    steps = getattr(estimator, "steps", None)
+    embed = getattr(steps[-1][1], method, None) if steps else None
+    if embed is None:
+        owner = type(steps[-1][1] if steps else estimator).__name__
+        raise ValueError(f"{owner} has no method {method!r}; name one that embeds by method=.")
+    if len(steps) == 1:
+        return embed
+    return lambda X: embed(estimator[:-1].transform(X))

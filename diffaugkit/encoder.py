@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from sklearn.utils.validation import check_is_fitted
 
+from diffaugkit.arrays import check_groups
 from diffaugkit.base import Interval, StrOptions, TorchTransformer, _fit_context, all_or_nothing
 from diffaugkit.data import check_X
 from diffaugkit.diffusion import sample_in_batches
@@ -446,6 +447,12 @@ class SelfSupervisedEncoder(TorchTransformer):
         self._check_options()
         rows = self._check_fit_input(X)
         images = rows.is_image
+        check_groups(groups, len(rows))
+        if len(getattr(positives, "shape", ())) >= 2:
+            raise ValueError(
+                f"positives of shape {tuple(positives.shape)} is one set of views: give a list of "
+                "sets, positives=[views]."
+            )
         state = self._prepare(
             rows, positives, interpolations=interpolations, groups=groups, seed=self._seed()
         )
@@ -701,6 +708,10 @@ class SelfSupervisedEncoder(TorchTransformer):
     def _make_head(self, method, width, out_dim):
         """From the embedding to what the loss compares; sizes as in the papers, per its width."""
         if method == "dino":
+            if out_dim is None:
+                raise ValueError(
+                    "method was set to 'dino' after a fit with another: fit again, or set it back."
+                )
             hidden, norm_hidden = self._option("hidden"), self._option("norm_hidden")
             return DINOHead(
                 width,

@@ -461,7 +461,8 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             Arrays of samples as `X` had them, for
             :class:`~diffaugkit.plotting.SampleGridDisplay`.
         """
-        check_is_fitted(self, "selection_")
+        message = "%(name)s has selected nothing yet: call fit_resample first."
+        check_is_fitted(self, "selection_", msg=message)
         pairs = zip(self.selection_["class"], self._examples, strict=True)
         return {label: {"kept": kept, "rejected": rejected} for label, (kept, rejected) in pairs}
 

@@ -66,6 +66,8 @@ def rows_of_images(X, known_shape=None, known_layout=None):
         return X if X.is_image else None
     if isinstance(X, str | os.PathLike):
         return _images_at(os.fspath(X))
+    if hasattr(X, "getbands"):
+        raise TypeError("X is one PIL image: give a list of images, [X] for one.")
     if is_a(X, "torch", "DataLoader"):
         raise TypeError("X is a DataLoader; batches are made here: give its dataset, X.dataset.")
     if is_a(X, "torch", "IterableDataset") or (hasattr(X, "__next__") and not hasattr(X, "shape")):
@@ -116,6 +118,9 @@ def _rows_of_list(X, known_shape, known_layout):
         return ShardRows(items) if all(shards) else FileImageRows(items)
     if hasattr(first, "getbands"):
         return FileImageRows(items)
+    if isinstance(first, list | tuple) and first and isinstance(first[0], list | tuple):
+        # Arrays as JSON has them.
+        return _rows_of_array(np.asarray(items), known_shape, known_layout)
     if len(getattr(first, "shape", ())) not in (2, 3):
         return None
     shapes = [tuple(getattr(item, "shape", ())) for item in items]

@@ -59,6 +59,8 @@ MAX_DEPTH = 64
 
 _FORMAT = "diffaugkit-model"
 _MANIFEST = "manifest.json"
+# Folders that a fit makes in its `checkpoint_dir`.
+_CHECKPOINTS = {"training", "encoder", "diffusion", "pretraining", "finetuning", "vanilla"}
 _NAMES = {
     "document": re.compile(r"document\.[0-9a-f]{16}\.json"),
     "tensors": re.compile(r"tensors\.[0-9a-f]{16}\.safetensors"),
@@ -703,7 +705,8 @@ def _check_target(folder):
         raw = _read_file(folder, _MANIFEST, MAX_MANIFEST_SIZE)
         _check_format(_loads(raw, folder / _MANIFEST), folder / _MANIFEST)
     elif others := sorted(name for name in names if not _LEFTOVER.fullmatch(name)):
-        raise ModelFileError(f"{folder}: holds other files ({_some(others)}); save to a new folder")
+        kind = "the checkpoints of a fit" if _CHECKPOINTS.intersection(others) else "other files"
+        raise ModelFileError(f"{folder}: holds {kind} ({_some(others)}); save to a new folder")
     return set(names)
 
 

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 
+from diffaugkit.arrays import embedder
 from diffaugkit.image_plotting import AttentionDisplay, InterpolationDisplay, SampleGridDisplay
 from diffaugkit.segmentation_plotting import SegmentationDisplay
 
@@ -134,7 +135,7 @@ class EmbeddingDisplay:
         ValueError
             If the estimator has no such method, or it does not give two columns.
         """
-        embed = _embedder(estimator, method)
+        embed = embedder(estimator, method)
         display = cls(
             np.asarray(embed(X)),
             labels=y,
@@ -625,21 +626,6 @@ def _label_values(labels, n, name):
     if labels.shape != (n,):
         raise ValueError(f"{name} must have shape ({n},) as its positions, got {labels.shape}.")
     return labels
-
-
-def _embedder(estimator, method):
-    """Return a function X -> embedding; in a Pipeline the last step's method after the others."""
-    embed = getattr(estimator, method, None)
-    if embed is not None:
-        return embed
-    steps = getattr(estimator, "steps", None)
-    embed = getattr(steps[-1][1], method, None) if steps else None
-    if embed is None:
-        owner = type(steps[-1][1] if steps else estimator).__name__
-        raise ValueError(f"{owner} has no method {method!r}; name one that embeds by method=.")
-    if len(steps) == 1:
-        return embed
-    return lambda X: embed(estimator[:-1].transform(X))
 
 
 def _axes(ax, figsize):

@@ -528,7 +528,7 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         ----------
         X : array-like, tensor, sparse matrix or Rows of the width that ``transform`` gives
             Values in the space of ``transform``, for example generated cells.
-        total_counts : array-like of shape (n_cells,) or None, default=None
+        total_counts : float, array-like of shape (n_cells,) or None, default=None
             Total counts of each cell: over all input genes for "log1p" and "both", over the chosen
             genes for "pearson_residuals". None gives counts normalised to ``target_sum_``, and for
             residuals cells of the median total of the training cells.
@@ -557,6 +557,10 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             )
         X = X[:, : len(self.genes_)]
         if total_counts is not None:
+            # The sum of a sparse matrix over its genes is a matrix of one column.
+            total_counts = np.asarray(total_counts)
+            if not total_counts.ndim:
+                total_counts = np.full(X.shape[0], total_counts)
             total_counts = check_array(
                 total_counts, ensure_2d=False, dtype=np.float64, input_name="total_counts"
             ).ravel()
@@ -576,6 +580,18 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if self.scale_ is not None:
             X = X * self.scale_ + self.mean_
         return (np.maximum(np.expm1(X), 0.0) * factors[:, None]).astype(np.float32)
+
+    def save(self, path):
+        """Save to a folder of safetensors and JSON, which ``diffaugkit.load(path)`` reads.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Folder to write; see :func:`diffaugkit.save`.
+        """
+        from diffaugkit.persistence import save
+
+        save(self, path)
 
     def get_feature_names_out(self, input_features=None):
         """Names of the chosen genes, those of a residual block as ``<gene>_residual``.

@@ -200,9 +200,10 @@ class PretrainedUNet(TorchEstimator):
         for row, part in enumerate(parts):
             if part.shape[1] != n_channels:
                 where = f"row {row} of {name}" if len(parts) > 1 else name
+                known = "row 0 has" if reset else f"{type(self).__name__} was fitted on"
                 raise ValueError(
-                    f"The images in {where} have {part.shape[1]} channels, but "
-                    f"{type(self).__name__} was fitted on {n_channels}."
+                    f"The images in {where} have {part.shape[1]} channels, but {known} "
+                    f"{n_channels}."
                 )
         images = ImageList(parts, [part.pixel_range for part in parts])
         if reset:

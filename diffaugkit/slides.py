@@ -375,7 +375,8 @@ def _mapped_tiff(path):
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages[0]
-            if not page.is_memmappable or page.ndim != 3 or page.photometric != 2:
+            # RGB, row by row: what has alpha or planes is read by Pillow.
+            if not page.is_memmappable or page.shape[2:] != (3,) or page.photometric != 2:
                 return None
             tags = [page.tags.get(name) for name in ("YResolution", "XResolution")]
             unit = page.tags.get("ResolutionUnit")

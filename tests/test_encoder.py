@@ -16,6 +16,7 @@ from sklearn.model_selection import GridSearchCV
 from diffaugkit import SelfSupervisedEncoder, objectives
 from diffaugkit import encoder as encoder_file
 from diffaugkit.metrics import kmeans_scores, knn_accuracy
+from diffaugkit.persistence import ModelFileError
 from diffaugkit.rows import DenseRows
 
 TINY = {"hidden_sizes": (16,), "n_components": 5, "n_pcs": 6, "max_epochs": 2, "random_state": 0}
@@ -357,3 +358,9 @@ def test_collapse_of_vectors_is_warned_of(blobs, monkeypatch):
     monkeypatch.setattr(objectives.SoftContrastiveObjective, "loss", collapsed)
     with pytest.warns(objectives.CollapseWarning, match="scl collapsed"):
         SelfSupervisedEncoder(max_epochs=1, random_state=0).fit(blobs[0])
+
+
+def test_a_folder_of_checkpoints_is_no_place_for_a_model(blobs, tmp_path):
+    encoder = SelfSupervisedEncoder(max_epochs=1, random_state=0, checkpoint_dir=tmp_path)
+    with pytest.raises(ModelFileError, match="holds the checkpoints of a fit"):
+        encoder.fit(blobs[0]).save(tmp_path)

@@ -633,3 +633,19 @@ def test_images_of_another_scale_than_an_unusual_one_are_warned_of():
         warnings.simplefilter("error")
         encoder.transform(X * 1.2)
         encoder.transform(X * 0)
+
+
+def test_what_is_no_set_of_images_is_named(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    X = np.random.default_rng(0).integers(0, 256, (12, 8, 8)).astype(np.uint8)
+    encoder = SelfSupervisedEncoder("simclr", max_epochs=1, batch_size=6, random_state=0)
+    with pytest.raises(TypeError, match=r"one PIL image: give a list of images, \[X\] for one"):
+        encoder.fit(image.fromarray(X[0]))
+    with pytest.raises(ValueError, match=r"one set of views: give a list .* positives=\[views\]"):
+        encoder.fit(X, positives=X)
+    with pytest.raises(ValueError, match="groups"):
+        encoder.fit(X, groups=np.zeros(3))
+    whole = encoder.fit(X).transform(X)
+    np.testing.assert_allclose(encoder.transform((X / 255).tolist()), whole, atol=1e-4)
+    with pytest.raises(ValueError, match="method was set to 'dino' after a fit with another"):
+        encoder.set_params(method="dino").save(tmp_path / "model")

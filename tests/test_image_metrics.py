@@ -613,3 +613,10 @@ def test_labels_of_another_kind_are_refused(digits, swap):
     for score in (weighted_knn_accuracy, linear_probe):
         with pytest.raises(ValueError, match=r"y_test .* are of another kind than those of y"):
             score(X, y, X_test, y_test)
+
+
+def test_seeds_and_numbers_of_neighbours_of_any_kind(digits):
+    X, y, X_test, y_test = digits
+    assert set(weighted_knn_accuracy(X, y, X_test, y_test, k={5, 9})) == {5, 9}
+    for seed in (None, np.random.RandomState(0)):
+        assert linear_probe(X, y, X_test, y_test, max_epochs=1, random_state=seed)["accuracy"] > 0

@@ -16,10 +16,18 @@ from sklearn import config_context
 from sklearn.datasets import make_blobs
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
-from sklearn.model_selection import GridSearchCV, LeaveOneOut, StratifiedKFold, cross_val_score
+from sklearn.model_selection import (
+    GridSearchCV,
+    GroupKFold,
+    LeaveOneOut,
+    StratifiedKFold,
+    cross_val_score,
+)
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from diffaugkit import metrics
+from diffaugkit import SelfSupervisedEncoder, metrics
 from diffaugkit.metrics import (
     QualityReport,
     clustering_accuracy,
@@ -634,3 +642,22 @@ def test_tables_of_cells_are_refused_by_name():
             score(adata, [0, 1] * 3)
     with pytest.raises(TypeError, match="is an AnnData"):
         frechet_distance(adata, adata)
+
+
+def test_an_embedding_scorer_takes_pipelines(blobs):
+    X, y = blobs
+    model = make_pipeline(StandardScaler(), PCA(2, random_state=0)).fit(X)
+    score = metrics.make_embedding_scorer(knn_accuracy)
+    assert score(model, X, y) == knn_accuracy(model.transform(X), y)
+    project = metrics.make_embedding_scorer(knn_accuracy, method="project")
+    with pytest.raises(ValueError, match="PCA has no method 'project'"):
+        project(model, X, y)
+    em = make_pipeline(StandardScaler(), SelfSupervisedEncoder(max_epochs=1, random_state=0)).fit(X)
+    Z = em[-1].project(em[:-1].transform(X))
+    assert project(em, X, y) == knn_accuracy(Z, y)
+
+
+def test_folds_that_keep_groups_together(blobs):
+    X, y = blobs
+    folds = list(GroupKFold(3).split(X, y, np.arange(len(X)) % 12))
+    assert 0 < knn_accuracy(X, y, cv=folds) <= 1

@@ -19,7 +19,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator, check_param_validation
 
-from diffaugkit import preprocessing
+from diffaugkit import load, preprocessing
 from diffaugkit.preprocessing import CellPreprocessor
 from diffaugkit.rows import MappedRows
 
@@ -499,3 +499,20 @@ def test_in_a_pipeline(normalization, adata, tmp_path):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(pipe))[:-1].transform(adata), memory)
     backed = _disk(adata, tmp_path)
     np.testing.assert_allclose(pipe[1].transform(pipe[0].transform(backed)), memory, atol=1e-4)
+
+
+def test_totals_of_any_form_and_saving(counts, tmp_path):
+    X = counts
+    model = CellPreprocessor("log1p").fit(X)
+    cells = model.transform(X)[:5]
+    totals = sp.csr_matrix(X[:5]).sum(axis=1)  # a matrix of one column
+    np.testing.assert_array_equal(
+        model.inverse_transform(cells, totals),
+        model.inverse_transform(cells, np.asarray(totals).ravel()),
+    )
+    np.testing.assert_array_equal(
+        model.inverse_transform(cells, 500), model.inverse_transform(cells, np.full(5, 500.0))
+    )
+    model.save(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.transform(X), model.transform(X))

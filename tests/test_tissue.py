@@ -168,6 +168,12 @@ KINDS = {
     "RGBA": lambda image, folder: Image.fromarray(image).convert("RGBA"),
     "png": lambda image, folder: as_file(image, folder, "png"),
     "mapped tiff": as_tiff,
+    "alpha tiff": lambda image, folder: as_tiff(
+        np.dstack([image, np.full(image.shape[:2], 255, np.uint8)]), folder, extrasamples=[2]
+    ),
+    "planar tiff": lambda image, folder: as_tiff(
+        image.transpose(2, 0, 1), folder, planarconfig="separate"
+    ),
     "packed tiff": lambda image, folder: as_file(image, folder, "tiff", compression="tiff_lzw"),
 }
 

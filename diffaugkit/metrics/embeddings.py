@@ -78,7 +78,8 @@ def knn_accuracy(
     n_neighbors : int, default=10
         Voters; at most the number of samples outside a fold.
     cv : int >= 2 or splitter, default=10
-        Number of stratified, shuffled folds (the paper's ten), or any scikit-learn splitter.
+        Number of stratified, shuffled folds (the paper's ten), any scikit-learn splitter, or
+        folds: ``list(GroupKFold(5).split(X, y, groups))`` keeps groups together.
     random_state : int, RandomState instance or None, default=0
         Shuffles the folds. A fixed default keeps methods on the same folds.
 
@@ -128,7 +129,8 @@ def linear_svm_accuracy(
     y : array-like of shape (n_samples,)
         Class labels, at least two classes.
     cv : int >= 2 or splitter, default=10
-        Number of stratified, shuffled folds, or any scikit-learn splitter.
+        Number of stratified, shuffled folds, any scikit-learn splitter, or folds:
+        ``list(GroupKFold(5).split(X, y, groups))`` keeps groups together.
     random_state : int, RandomState instance or None, default=0
         Shuffles the folds.
 
@@ -165,7 +167,8 @@ def linear_probe_accuracy(
     y : array-like of shape (n_samples,)
         Class labels, at least two classes.
     cv : int >= 2 or splitter, default=10
-        Number of stratified, shuffled folds, or any scikit-learn splitter.
+        Number of stratified, shuffled folds, any scikit-learn splitter, or folds:
+        ``list(GroupKFold(5).split(X, y, groups))`` keeps groups together.
     random_state : int, RandomState instance or None, default=0
         Shuffles the folds.
 

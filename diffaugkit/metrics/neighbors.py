@@ -190,7 +190,7 @@ def weighted_knn_accuracy(
     >>> weighted_knn_accuracy(X, y, [[1.0, 0.2], [0.1, 1.0]], ["a", "b"], k=(1, 2))
     {1: 1.0, 2: 1.0}
     """
-    all_k = [k] if np.ndim(k) == 0 else list(k)
+    all_k = list(k) if isinstance(k, Iterable) else [k]
     if not all_k:
         raise ValueError("k must hold at least one number of neighbours.")
     for each in all_k:
@@ -203,7 +203,8 @@ def weighted_knn_accuracy(
     check_known(y_test, model.classes_)
     votes = model._votes(features_test, all_k)
     accuracy = [float(np.mean(model.classes_[v.argmax(axis=1)] == y_test)) for v in votes]
-    return accuracy[0] if np.ndim(k) == 0 else dict(zip(all_k, accuracy, strict=True))
+    many = isinstance(k, Iterable)
+    return dict(zip(all_k, accuracy, strict=True)) if many else accuracy[0]
 
 
 def retrieval_map(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils import gen_batches
+from sklearn.utils import check_random_state, gen_batches
 
 from diffaugkit.metrics.checks import check_known, check_labels, check_matrix
 
@@ -24,7 +24,7 @@ def linear_probe(
     max_epochs: int = 100,
     batch_size: int = 256,
     validation_size: float = 0.1,
-    random_state: int = 0,
+    random_state: Any = 0,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Test accuracy of a linear classifier that is trained by SGD, after a sweep.
@@ -56,7 +56,7 @@ def linear_probe(
         Samples per step; at most all.
     validation_size : float in (0, 1), default=0.1
         Share of the training samples that chooses.
-    random_state : int, default=0
+    random_state : int, RandomState instance or None, default=0
         Seed of the split and of the batches.
     device : str, default="auto"
         Where torch trains; "auto" takes CUDA where there is one.
@@ -97,6 +97,10 @@ def linear_probe(
             raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
     if not isinstance(validation_size, Real) or not 0 < validation_size < 1:
         raise ValueError(f"validation_size must be in (0, 1), got {validation_size!r}.")
+    if random_state is None:  # not from NumPy's global stream, which is the caller's
+        random_state = np.random.default_rng().integers(2**31)
+    elif not isinstance(random_state, Integral):
+        random_state = check_random_state(random_state).randint(2**31)
     layers = _layers(features, features_test)
     n, n_test = (len(part) for part in next(iter(layers.values())))
     classes, codes = check_labels(y, n=n)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from diffaugkit.arrays import to_numpy
+from diffaugkit.arrays import embedder, to_numpy
 from diffaugkit.metrics.checks import (
     check_labels,
     check_neighbors,
@@ -329,7 +329,7 @@ class _EmbeddingScorer:
 
     def __call__(self, estimator, X, y):
         """Return the score of the embedding of `X` for the classes `y`."""
-        embedding = np.asarray(to_numpy(getattr(estimator, self.method)(X)))
+        embedding = np.asarray(to_numpy(embedder(estimator, self.method)(X)))
         return float(self.score_func(embedding, y, **self.kwargs))
 
     def __repr__(self):
