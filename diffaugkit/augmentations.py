@@ -7,6 +7,7 @@ images, greyscale and H&E tissue. They train the encoder before any generator ex
 the time after.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -135,7 +136,7 @@ def neighbor_mixup(x, neighbors, rows):
     pick = torch.randint(neighbors.shape[1], (len(x), 1), device=x.device)
     chosen = neighbors.gather(1, pick)[:, 0]
     if isinstance(rows, torch.Tensor):
-        partner = rows.index_select(0, chosen.long())
+        partner = rows.index_select(0, chosen.long().to(rows.device)).to(x.device)
     else:
         partner = rows[chosen.cpu().numpy()].to(x.device)
     return torch.lerp(partner, x, torch.rand(len(x), 1, device=x.device))
@@ -431,18 +432,17 @@ def _jitter(unit, recipe):
         middle = unit.mean((1, 2, 3))[:, None] * gain
         scale, offset = gain * contrast, (1 - contrast) * middle
         return unit * scale[..., None, None] + offset[..., None, None]
-    luma = unit.new_tensor(_LUMA)
+    luma = _table(_LUMA, unit.device)
     eye, grey = torch.eye(3, device=unit.device), luma.expand(3, 3)
     matrix = eye.expand(n, 3, 3)
     if recipe.hue:
         turn = 2 * math.pi * on * _uniform(unit, -recipe.hue, recipe.hue)
         cos, sin = turn[..., None].cos(), turn[..., None].sin()
-        yiq = unit.new_tensor(_YIQ)
         keep, turned = torch.zeros(2, 3, 3, device=unit.device)
         keep[0, 0] = 1.0
         turned[1, 2], turned[2, 1] = -1.0, 1.0
         rotation = keep + cos * (eye - keep) + sin * turned
-        matrix = torch.linalg.inv(yiq) @ rotation @ yiq
+        matrix = _inverse(_YIQ, unit.device) @ rotation @ _table(_YIQ, unit.device)
     if recipe.saturation:
         share = factor(recipe.saturation)[..., None]
         matrix = (share * eye + (1 - share) * grey) @ matrix
@@ -455,13 +455,26 @@ def _jitter(unit, recipe):
     return (colored + ((1 - contrast) * middle)[..., None]).view_as(unit)
 
 
+# Kept by device: to copy them, or to invert them there, would wait for a GPU in every view.
+@functools.cache
+def _table(values, device):
+    return torch.tensor(values, device=device)
+
+
+@functools.cache
+def _inverse(values, device):
+    return torch.linalg.inv(torch.tensor(values, dtype=torch.float64)).float().to(device)
+
+
 def _restain(unit, strength):
     """Change the density of each stain a little: Tellez et al. 2018, in optical density."""
-    stains = unit.new_tensor(_STAINS)
-    stains = stains / stains.norm(dim=1, keepdim=True)
     change = 1 + _uniform(unit, -strength, strength, 3)
     density = -unit.clamp(min=1 / 255).log()
-    matrix = stains.T @ (change[..., None] * torch.linalg.inv(stains.T))
+    # Columns are the stains' densities, of length 1.
+    unit_stains = [[value / math.hypot(*stain) for value in stain] for stain in _STAINS]
+    stains = tuple(zip(*unit_stains, strict=True))
+    inverse = _inverse(stains, unit.device)
+    matrix = _table(stains, unit.device) @ (change[..., None] * inverse)
     return torch.exp(-torch.bmm(matrix, density.flatten(2))).view_as(unit)
 
 

@@ -5,6 +5,7 @@ This is the only file that imports private names of scikit-learn; the others tak
 
 import copy
 import functools
+import math
 import os
 import secrets
 from numbers import Integral, Real
@@ -25,7 +26,7 @@ from torch import nn
 from diffaugkit.data import unchanged_on_failure
 from diffaugkit.persistence import save
 from diffaugkit.runtime import mix_seed, resolve_device
-from diffaugkit.training import fit_loop
+from diffaugkit.training import digest, fit_loop
 
 __all__ = [
     "HasMethods",
@@ -45,7 +46,7 @@ _SEEN_ELSEWHERE = frozenset(
     (
         *("device", "precision", "compile", "random_state", "verbose", "callbacks"),
         *("checkpoint_dir", "store_dir", "max_epochs", "batch_size", "learning_rate"),
-        *("layer", "image_shape", "pretrained", "download"),
+        *("layer", "image_shape", "pretrained", "download", "n_jobs", "memory"),
     )
 )
 
@@ -177,8 +178,10 @@ class TorchEstimator(BaseEstimator):
         if "device" in params:
             for name, part in vars(self).items():
                 part = getattr(part, "estimator", part)  # of a frozen one
-                if name.endswith("_") and isinstance(part, TorchEstimator):
-                    part.set_params(device=self.device)
+                if name.endswith("_"):
+                    for each in (part, *(step for _, step in getattr(part, "steps", ()))):
+                        if isinstance(each, TorchEstimator):
+                            each.set_params(device=self.device)
         return self
 
     def _device(self):
@@ -240,10 +243,12 @@ class TorchEstimator(BaseEstimator):
         """
         names = ("max_epochs", "learning_rate", "precision", "compile", "callbacks")
         common = {name: getattr(self, name) for name in (*names, "checkpoint_dir", "verbose")}
-        common["identity"] = described(self)
         description = getattr(self, "_description", type(self).__name__)
         common |= {"device": self._device(), "seed": seed, "description": description}
-        return fit_loop(module, loss_fn, batches, **common | options)
+        common |= options
+        if common["checkpoint_dir"] is not None:
+            common.setdefault("identity", described(self))
+        return fit_loop(module, loss_fn, batches, **common)
 
     def __getstate__(self):
         """Hand modules and tensors over on the CPU, so that any machine can read them."""
@@ -269,8 +274,7 @@ def described(value):
     """Describe a parameter or an estimator in values of JSON: equal where the fits would be.
 
     An estimator is its parameters but for those that training does not see, or that the loop and
-    the data account for themselves. A function or a module goes by its name: weights are compared
-    elsewhere.
+    the data account for themselves. A function goes by its name, a module by a digest.
 
     Examples
     --------
@@ -286,15 +290,27 @@ def described(value):
         }
     if isinstance(value, np.generic):
         return described(value.item())
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)  # NaN differs from itself
+    if value is None or isinstance(value, bool | int | float):
         return value
+    if isinstance(value, str):
+        return str(value)  # an Enum's is a string, too
     if isinstance(value, list | tuple):
         return [described(item) for item in value]
     if isinstance(value, dict):
         return {str(name): described(item) for name, item in value.items()}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "__array__") and not isinstance(value, torch.Tensor):
+    if isinstance(value, functools.partial):
+        parts = {"function": value.func, "args": value.args, "keywords": value.keywords}
+        return described(parts)
+    if isinstance(value, nn.Module):
+        plain = {k: v for k, v in vars(value).items() if isinstance(v, bool | int | float | str)}
+        return f"{type(value).__qualname__} {digest(value.state_dict(), repr((value, plain)))}"
+    if isinstance(value, torch.Tensor):
+        return described(value.detach().cpu().tolist())
+    if hasattr(value, "__array__") and not isinstance(value, type):
         return described(np.asarray(value).tolist())
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"

@@ -306,7 +306,11 @@ class DiffusionDetector(PretrainedUNet):
                 boxes = flip_boxes(boxes, moved, size)
             return detection_loss(module(x), places, boxes, target[..., 4], s)
 
-        return self._train_with_labels(module, loss, batches, validation, seed)
+        known = None
+        if held is not None:
+            known = [images.read(k) for k in held] + [truth[k]["boxes"] for k in held]
+            known += [codes[k] for k in held]
+        return self._train_with_labels(module, loss, batches, validation, seed, known)
 
     def _validation(self, module, images, truth):
         """Make the callback that scores epochs on held-out images and keeps the best weights."""

@@ -63,7 +63,6 @@ class VectorFit:
         if memo is None or memo[0] != key:
             memo = rows._memo["neighbors"] = (key, nearest_neighbors(inputs, k))
         views = _positive_views(positives, rows, self.space, encoder)
-        self.inputs = inputs.tensor.to(device) if inputs.resident else inputs
         self.batches = make_batches(
             inputs,
             memo[1],
@@ -72,6 +71,7 @@ class VectorFit:
             seed=encoder._child_seed(seed, 1),
             device=device,
         )
+        self.inputs = self.batches.sources[0]
         self.method = encoder._method(images=False)
         out_dim = auto_out_dim(encoder, rows, self.method)
         self.module = _make_objective(

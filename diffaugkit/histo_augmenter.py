@@ -24,7 +24,7 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 from scipy.spatial.distance import cdist
-from sklearn.base import OneToOneFeatureMixin, clone
+from sklearn.base import BaseEstimator, OneToOneFeatureMixin, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import pairwise_distances_argmin
@@ -69,7 +69,7 @@ _DIFFUSION, _ENCODER, _AUXILIARY, _DECODER, _CLASSIFIER, _SAMPLES = range(6)
 # What each of the three fits depends on beside data and weights.
 _SHAPE = {
     "auxiliary": ("class_weight",),
-    "decoder": ("class_weight", "auxiliary_weight"),
+    "decoder": ("class_weight", "auxiliary_weight", "width", "diffusion"),
     "classifier": ("class_weight", "noised_classifier", "diffusion"),
 }
 # Draws of candidates for a class before it goes short.
@@ -737,7 +737,9 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         )
         # The condition is the number of the class, as it is.
         guided._condition = {"mean": np.zeros(1), "std": np.ones(1)}
-        guided.set_params(
+        # Of itself alone: its parts are the generator's.
+        BaseEstimator.set_params(
+            guided,
             condition_noise=0.0,
             guidance_scale=1.0,
             sampler=self.sampler,

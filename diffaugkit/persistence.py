@@ -66,7 +66,7 @@ _NAMES = {
     "tensors": re.compile(r"tensors\.[0-9a-f]{16}\.safetensors"),
 }
 _DATA = "|".join(pattern.pattern for pattern in _NAMES.values())
-_LEFTOVER = re.compile(rf"{_DATA}|({_DATA}|manifest\.json)\.[0-9a-f]{{8}}\.tmp")
+_LEFTOVER = re.compile(rf"{_DATA}|({_DATA}|manifest\.json)\.[0-9a-f]{{8}}\.tmp|\.DS_Store")
 _FITTED_NAME = re.compile(r"[A-Za-z]\w*_", re.ASCII)
 # set_output() keeps its choice here; clone() carries it over, so does a saved model.
 _EXTRA_STATE = ("_sklearn_output_config",)
@@ -616,7 +616,7 @@ def _write(folder, tensors, kinds, document):
             raise ValueError(f"{folder}: the {part} has {size} bytes, more than the {cap} allowed")
     _make_folder(folder)
     with _locked(folder) as descriptor:
-        before = _check_target(folder)
+        before = check_target(folder)
         undo = []
         try:
             for part, data in contents.items():
@@ -698,8 +698,8 @@ def _locked(folder):
         os.close(descriptor)
 
 
-def _check_target(folder):
-    """List the folder; refuse one that holds anything but a model or what a died save left."""
+def check_target(folder):
+    """List a folder to write to; refuse one that holds anything but a model or a died save."""
     names = os.listdir(folder)  # noqa: PTH208
     if _MANIFEST in names:
         raw = _read_file(folder, _MANIFEST, MAX_MANIFEST_SIZE)

@@ -26,6 +26,7 @@ from diffaugkit.encoder_fits import auto_epochs
 from diffaugkit.image_files import list_images
 from diffaugkit.image_inputs import reading_range
 from diffaugkit.image_rows import to_unit
+from diffaugkit.image_store import fingerprint
 from diffaugkit.runtime import isolated_rng
 from diffaugkit.segmentation_data import ImageList, PatchRows, erase_boxes, swap_cells, vary_pairs
 from diffaugkit.segmentation_networks import AttentionUNet
@@ -66,7 +67,7 @@ class PretrainedUNet(TorchEstimator):
         "max_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
     }
 
-    _used_later = ("pretrain_epochs",)  # the weights that it leads to tell
+    _used_later = ("pretrain_epochs",)  # it shows in the weights
 
     def _pretrain(self, images, seed):
         """Phase one: the U-Net after its pretext task, and what it logged."""
@@ -111,14 +112,20 @@ class PretrainedUNet(TorchEstimator):
         )
         return denoiser.cpu(), [{"phase": "pretraining", **row} for row in history]
 
-    def _train_with_labels(self, module, loss, batches, validation, seed):
+    def _train_with_labels(self, module, loss, batches, validation, seed, held_out):
         """Phase two: the network after it, and what it logged.
 
         `validation` is the callback that scores each epoch and offers it to `module`, a KeepBest;
-        None where nothing is held out and `module` is the network itself.
+        None where nothing is held out and `module` is the network itself. `held_out` are arrays of
+        what it looks at, which no batch holds.
         """
         given = self.callbacks
         given = [given] if callable(given) else list(given or ())
+        if validation is not None:
+            validation.never_stops = True
+        identity = {}
+        if self.checkpoint_dir is not None:
+            identity = described(self) | {"held_out": fingerprint(*(held_out or ()))}
         steps = batches.steps_per_epoch
         _, history = self._fit_loop(
             module,
@@ -130,6 +137,7 @@ class PretrainedUNet(TorchEstimator):
             grad_clip=1.0,
             callbacks=given if validation is None else [validation, *given],
             checkpoint_dir=self._folder("finetuning"),
+            identity=identity,
         )
         network = module if validation is None else module.restore()
         return network.eval(), [{"phase": "finetuning", **row} for row in history]

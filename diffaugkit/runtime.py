@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import os
+import threading
 import time
 import warnings
 
@@ -82,6 +83,9 @@ def _index(device):
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+_SEEDED = threading.RLock()
+
+
 @contextlib.contextmanager
 def isolated_rng(seed, device="cpu"):
     """Seed torch's default generators inside, and give the caller's states back after.
@@ -109,7 +113,8 @@ def isolated_rng(seed, device="cpu"):
     device = resolve_device(device)
     on_mps = torch.mps.get_rng_state() if device.type == "mps" else None
     devices = [_index(device)] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices, device_type="cuda"):
+    # The default generators are of the process: fits in threads take turns, or none would repeat.
+    with _SEEDED, torch.random.fork_rng(devices=devices, device_type="cuda"):
         try:
             seed_generators(mix_seed(seed), device)
             yield
@@ -208,6 +213,10 @@ def _multiplies_bf16(device_type):
     return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
+# Modules whose methods are wrapped now: how many use them, and their own methods.
+_WRAPPED, _WRAPPING = {}, threading.Lock()
+
+
 @contextlib.contextmanager
 def reduced_precision(module, precision="auto", device="cpu"):
     """Let the module multiply in bf16 inside, while everything around it sees float32.
@@ -239,20 +248,20 @@ def reduced_precision(module, precision="auto", device="cpu"):
     if resolve_precision(precision, device, module) == "fp32":
         yield
         return
-    inside = False
+
+    call = threading.local()
 
     def wrapped(forward):
         @functools.wraps(forward)
         def run(*args, **kwargs):
-            nonlocal inside
-            if inside or torch.is_autocast_enabled(device.type):
+            if getattr(call, "inside", False) or torch.is_autocast_enabled(device.type):
                 return forward(*args, **kwargs)
-            inside = True
+            call.inside = True
             try:
                 with torch.autocast(device.type, torch.bfloat16):
                     output = forward(*args, **kwargs)
             finally:
-                inside = False
+                call.inside = False
             return _to_float32(output)
 
         return run
@@ -260,17 +269,26 @@ def reduced_precision(module, precision="auto", device="cpu"):
     # Leaves deep inside are only called by their parents, and each wrapper costs a microsecond.
     children = list(module.children())
     parts = [m for m in module.modules() if m is module or m in children or any(m.children())]
-    own = {part: part.__dict__.get("forward") for part in parts}
-    for part in parts:
-        part.forward = wrapped(part.forward)
+    # Several threads may predict with one module: the last one gives it its own methods back.
+    with _WRAPPING:
+        users, own = _WRAPPED.setdefault(id(module), [0, {}])
+        _WRAPPED[id(module)][0] += 1
+        if not users:
+            own |= {part: part.__dict__.get("forward") for part in parts}
+            for part in parts:
+                part.forward = wrapped(part.forward)
     try:
         yield
     finally:
-        for part, forward in own.items():
-            if forward is None:
-                del part.forward
-            else:
-                part.forward = forward
+        with _WRAPPING:
+            _WRAPPED[id(module)][0] -= 1
+            if not _WRAPPED[id(module)][0]:
+                del _WRAPPED[id(module)]
+                for part, forward in own.items():
+                    if forward is None:
+                        del part.forward
+                    else:
+                        part.forward = forward
 
 
 def _to_float32(output):

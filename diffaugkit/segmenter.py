@@ -163,6 +163,7 @@ class DiffusionSegmenter(PretrainedUNet):
     _extra_state = ("_pixel_range", "_layout", "_one_label")
     # What passes `masks` on does so by position: it is no metadata to ask for.
     __metadata_request__fit = {"masks": UNUSED}  # noqa: RUF012
+    _used_later = ("overlap", "window", "pretrain_epochs")  # the last shows in the weights
 
     def __init__(
         self,
@@ -301,7 +302,10 @@ class DiffusionSegmenter(PretrainedUNet):
                 ignore_index=IGNORED,
             )
 
-        return self._train_with_labels(module, loss, batches, validation, seed)
+        known = None
+        if held is not None:
+            known = [images.read(k) for k in held] + [targets[k] for k in held]
+        return self._train_with_labels(module, loss, batches, validation, seed, known)
 
     def _validation(self, module, images, targets, held):
         """Make the callback that scores epochs on held-out patches and keeps the best weights."""

@@ -21,11 +21,12 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from diffaugkit.persistence import read_folder, write_folder
+from diffaugkit.persistence import ModelFileError, check_target, read_folder, write_folder
 from diffaugkit.runtime import (
     SharedCores,
     all_processes,
@@ -38,7 +39,7 @@ from diffaugkit.runtime import (
     tf32,
 )
 
-__all__ = ["NonFiniteLossError", "fit_loop", "scheduled_rate"]
+__all__ = ["NonFiniteLossError", "digest", "fit_loop", "scheduled_rate"]
 
 # The stream of a seed from which batches draw; `batches` has another.
 _STEP = 1
@@ -319,7 +320,7 @@ def fit_loop(
             settings |= {"steps_per_epoch": steps_per_epoch, "processes": processes.world}
             settings = {**(identity or {}), **settings}
             state.open(Path(checkpoint_dir).expanduser() / "training", settings, batches)
-            if state.stopped and not callbacks:
+            if state.stopped and all(getattr(c, "never_stops", False) for c in callbacks):
                 state.finished = state.epoch == max_epochs  # nobody asks to stop any more
         good = _Snapshot(module)
         if compile:
@@ -397,7 +398,7 @@ def fit_loop(
 
                 # stop?
                 state.epoch, state.batch = state.epoch + 1, 0
-                stops = [callback(state.epoch - 1, state.history) for callback in callbacks]
+                stops = [_asks_to_stop(c(state.epoch - 1, state.history)) for c in callbacks]
                 stops.append(_has_stalled(state.history, patience, min_delta))
                 state.stopped = processes.any(stops[: len(callbacks)])
                 state.finished = state.epoch == max_epochs or processes.any(stops)
@@ -485,6 +486,11 @@ def _bar(verbose, rank, total, description):
 
     with tqdm(total=total, desc=description, unit="batch", disable=not verbose or rank > 0) as bar:
         yield bar
+
+
+def _asks_to_stop(answer):
+    # True alone: what a logger or a progress bar happens to return does not.
+    return bool(answer) if isinstance(answer, bool | np.bool_) else False
 
 
 def _has_stalled(history, patience, min_delta):
@@ -626,21 +632,21 @@ class _State:
         self._settings = {
             **settings,
             "parameters": {k: list(v.shape) for k, v in self._module.state_dict().items()},
-            "initial_weights": _digest(self._module.state_dict()),
+            "initial_weights": digest(self._module.state_dict()),
             **(batches.fingerprint() if hasattr(batches, "fingerprint") else {}),
         }
+        if folder.is_dir():
+            check_target(folder)
         if not (folder / "manifest.json").exists():
             return
-        tensors, document = read_folder(folder)
+        try:
+            tensors, document = read_folder(folder)
+        except ModelFileError as error:
+            raise type(error)(f"{error}. Remove that folder to start anew.") from error
         before = document.get("settings", {})
         others = [k for k, v in self._settings.items() if k not in before or before[k] != v]
         if others:
-            said = ", ".join(
-                key
-                if key in ("parameters", "initial_weights", "data")
-                else f"{key} ({before.get(key)!r} there, {self._settings[key]!r} here)"
-                for key in others
-            )
+            said = ", ".join(_difference(k, before.get(k), self._settings[k]) for k in others)
             raise ValueError(
                 f"{folder} holds the checkpoint of another fit; it differs in {said}. Choose "
                 "another checkpoint_dir, remove that folder, or restore the settings. (Each fold "
@@ -701,8 +707,20 @@ class _State:
         processes.wait()
 
 
-def _digest(tensors):
-    digest = hashlib.sha256()
+def _difference(name, there, here):
+    """Name what differs, down to the parameter of a part."""
+    if name in ("parameters", "initial_weights", "data"):
+        return name
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [k for k in here if k not in there or there[k] != here[k]] or list(there)
+        return ", ".join(_difference(f"{name}.{k}", there.get(k), here.get(k)) for k in keys)
+    return f"{name} ({there!r} there, {here!r} here)"
+
+
+def digest(tensors, text=""):
+    """Digest of the values of a state dict, and of a text, 16 hexadecimal digits."""
+    found = hashlib.sha256(text.encode())
     for tensor in tensors.values():
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+        if isinstance(tensor, torch.Tensor):
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]

@@ -1,7 +1,10 @@
 """The base class: common parameters, seeds, and state that travels by pickle and copy."""
 
 import copy
+import enum
+import functools
 import io
+import json
 import pickle
 from numbers import Integral
 
@@ -10,13 +13,24 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import TransformerMixin, clone
+from sklearn.decomposition import PCA
+from sklearn.impute import SimpleImputer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OrdinalEncoder, StandardScaler
 from sklearn.utils import get_tags
 from sklearn.utils._param_validation import InvalidParameterError
 from torch import nn
 from torch.nn import functional as F
 
-from diffaugkit import SelfSupervisedEncoder
-from diffaugkit.base import Interval, StrOptions, TorchEstimator, _fit_context, _on_cpu
+from diffaugkit import EmbeddingConditionedDiffusion, SelfSupervisedEncoder
+from diffaugkit.base import (
+    Interval,
+    StrOptions,
+    TorchEstimator,
+    _fit_context,
+    _on_cpu,
+    described,
+)
 from diffaugkit.batches import make_batches
 from diffaugkit.runtime import isolated_rng
 
@@ -254,3 +268,43 @@ def test_the_home_folder_is_the_users(blobs, tmp_path, monkeypatch):
     encoder.fit(blobs[0])
     assert (tmp_path / "home" / "run" / "training").is_dir()
     assert not (tmp_path / "~").exists()
+
+
+class Kind(str, enum.Enum):
+    A, B = "a", "b"
+
+
+class Doubler(nn.Module):
+    def __init__(self, by=2.0, weight=1.0):
+        super().__init__()
+        self.by, self.weight = by, nn.Parameter(torch.tensor([weight]))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (functools.partial(int, base=2), functools.partial(int, base=3)),
+        (Doubler(2.0), Doubler(3.0)),
+        (Doubler(weight=1.0), Doubler(weight=2.0)),
+        (SimpleImputer(), SimpleImputer(strategy="median")),
+        (OrdinalEncoder(dtype=np.float32), OrdinalEncoder(dtype=np.float64)),
+        (np.arange(3), np.arange(4)),
+        (Kind.A, Kind.B),
+    ],
+)
+def test_descriptions_tell_parameters_apart(one, other):
+    assert described(one) == described(copy.deepcopy(one)) != described(other)
+    assert json.loads(json.dumps(described(one), allow_nan=False)) == described(one)
+
+
+def test_parts_of_scikit_learn_in_a_fit_with_checkpoints(blobs, tmp_path):
+    # A NaN and a class of NumPy are among their parameters.
+    part = make_pipeline(SimpleImputer(), OrdinalEncoder(dtype=np.float32), PCA(3))
+    options = {"width": 8, "n_blocks": 1, "max_epochs": 1, "random_state": 0}
+    model = EmbeddingConditionedDiffusion(part, checkpoint_dir=tmp_path / "run", **options)
+    np.testing.assert_array_equal(
+        model.fit(blobs[0]).sample(blobs[0][:2, :3]), model.fit(blobs[0]).sample(blobs[0][:2, :3])
+    )
+    part = make_pipeline(StandardScaler(), SelfSupervisedEncoder(max_epochs=1, random_state=0))
+    model = EmbeddingConditionedDiffusion(part, **options).fit(blobs[0]).set_params(device="cpu")
+    assert model.encoder_[-1].device == "cpu"

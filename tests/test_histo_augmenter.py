@@ -17,7 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
 
 import diffaugkit
-from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder
+from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder, SelfSupervisedEncoder
 from diffaugkit.diffusion import Diffusion, row_noise
 from diffaugkit.histo_augmenter import HistoDiffusionAugmenter
 from diffaugkit.histo_networks import LatentClassifier, class_gradient, classifier_guided
@@ -821,3 +821,10 @@ def test_copies_of_the_pool_are_warned_of(blobs, labelled):
     with pytest.warns(UserWarning, match=r"copy ratio below 0\.00.*repeat real samples"):
         augmenter.fit_resample(X, y, unlabeled=pool)
     assert (augmenter.selection_["copy_ratio"] < 1e-3).all()
+
+
+def test_a_frozen_generator_keeps_its_own_device(pretrained, labelled):
+    generator = copy.deepcopy(pretrained)
+    generator.encoder_ = SelfSupervisedEncoder()
+    tiny(FrozenEstimator(generator), device="cpu").fit_resample(*labelled)
+    assert generator.device == generator.encoder_.device == "auto"

@@ -18,6 +18,7 @@ from diffaugkit import (
     EmbeddingConditionedDiffusion,
     SelfSupervisedEncoder,
     encoder_fits,
+    persistence,
     training,
 )
 
@@ -318,3 +319,22 @@ def test_two_processes_give_one_model(tmp_path):
         assert np.isfinite(table).all(axis=None)
         assert table["together"].iloc[-1] == pytest.approx(table["alone"].iloc[-1], rel=0.5)
     assert not torch.distributed.is_initialized()
+
+
+def test_a_folder_that_holds_other_files_is_refused_before_any_work(tmp_path):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "slide.png").write_bytes(b"mine")
+    epochs = []
+    encoder = small("encoder", checkpoint_dir=tmp_path, callbacks=lambda *_: epochs.append(1))
+    with pytest.raises(persistence.ModelFileError, match=r"holds other files .*slide\.png"):
+        encoder.fit(data())
+    assert not epochs
+    (tmp_path / "training" / "slide.png").rename(tmp_path / "training" / ".DS_Store")
+    encoder.fit(data())
+
+
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
+    small("encoder", checkpoint_dir=tmp_path).fit(data())
+    next((tmp_path / "training").glob("*.safetensors")).write_bytes(b"broken")
+    with pytest.raises(persistence.ModelFileError, match="Remove that folder to start anew"):
+        small("encoder", checkpoint_dir=tmp_path).fit(data())

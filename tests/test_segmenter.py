@@ -586,7 +586,22 @@ def test_a_checkpoint_is_of_its_loss_and_masks_and_one_pretraining_serves_all(da
         tiny(**options, loss="cross_entropy").fit(X, masks)
     with pytest.raises(ValueError, match=r"pretraining.*another fit; it differs in pretext"):
         tiny(**options, pretext="inpainting").fit(X, masks)
+    tiny(**options, overlap=0.5).fit(X, masks)
     changed = [mask.copy() for mask in masks]
     changed[-1][:2] = 1 - changed[-1][:2]
     with pytest.raises(ValueError, match=r"finetuning.*another fit; it differs in data"):
         tiny(**options).fit(X, changed)
+
+
+def test_held_out_masks_and_stopped_fits_with_validation(data, tmp_path):
+    X, masks = data
+    options = {"validation_fraction": 0.4, "pretrain_epochs": 1, "max_epochs": 3}
+    options |= {"checkpoint_dir": tmp_path, "diffusion": None}
+    stopped = tiny(**options, callbacks=lambda epoch, history: epoch == 0).fit(X, masks)
+    assert len(stopped.history_) == 1
+    assert len(tiny(**options).fit(X, masks).history_) == 3  # nobody stops it any more
+    for row in range(len(X)):  # whichever were held out
+        changed = [mask.copy() for mask in masks]
+        changed[row][:2] = 1 - changed[row][:2]
+        with pytest.raises(ValueError, match=r"another fit; it differs in .*(held_out|data)"):
+            tiny(**options).fit(X, changed)

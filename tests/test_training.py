@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -873,3 +875,43 @@ def test_two_processes_train_as_one_and_agree(tmp_path):
         for text in (zero.stdout, alone.stdout)
     )
     assert together == pytest.approx(single, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("answer", [None, 3, "text", 0.5, np.ones(2), [True]])
+def test_only_true_stops(toy, answer):
+    assert len(train(toy, callbacks=lambda *_: answer)[1]) == 3
+    assert len(train(toy, callbacks=lambda *_: np.True_)[1]) == 1
+
+
+def test_bf16_in_threads_leaves_the_module_as_it_was():
+    with isolated_rng(0):
+        module = torch.nn.Sequential(
+            torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.nn.Linear(8, 4)
+        )
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+
+    def predict(_):
+        with reduced_precision(module, "bf16"), torch.no_grad():
+            out = module(x)
+            time.sleep(0.001)
+            return out, module[0](x)
+
+    alone = predict(0)
+    with ThreadPoolExecutor(4) as pool:
+        for together in pool.map(predict, range(40)):
+            for a, b in zip(alone, together, strict=True):
+                assert b.dtype == torch.float32
+                assert torch.equal(a, b)
+    assert not any("forward" in vars(part) for part in module.modules())
+
+
+def test_fits_in_threads_repeat():
+    def draw(_):
+        with isolated_rng(0):
+            first = torch.rand(3)
+            time.sleep(0.001)
+            return torch.cat([first, torch.rand(3)])
+
+    with ThreadPoolExecutor(4) as pool:
+        for drawn in pool.map(draw, range(20)):
+            assert torch.equal(drawn, draw(0))
