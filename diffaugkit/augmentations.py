@@ -374,7 +374,8 @@ def _crop(x, size, scale, recipe):
     """Resample a random rectangle of each image, flipped and turned, to one size."""
     height, width = x.shape[2:]
     area = _uniform(x, *scale) * height * width
-    aspect = torch.exp(_uniform(x, *map(math.log, recipe.aspect)))
+    # Of the rectangle as it is seen: 1 is not stretched, whatever the sides of the view.
+    aspect = torch.exp(_uniform(x, *map(math.log, recipe.aspect))) * (size[1] / size[0])
     # Half-widths of the rectangle where the image is [-1, 1]; what does not fit is cut.
     half_w = ((area * aspect).sqrt() / width).clamp(max=1.0)
     half_h = ((area / aspect).sqrt() / height).clamp(max=1.0)

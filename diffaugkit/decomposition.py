@@ -284,7 +284,9 @@ def _krylov_components(rows, mean, k, random_state):
     basis, products = (np.empty((d, most), np.float32, order="F") for _ in range(2))
     Q, m = random_state.standard_normal((d, min(width, most))).astype(np.float32), 0
     for number in range(1, n_blocks + 1):
-        for _ in range(2):  # twice is enough for full orthogonality
+        # Twice is enough for full orthogonality, but where the data have no further directions:
+        # then what is left is rounding, and its own directions have to be made from it.
+        for _ in range(4):
             Q = np.linalg.qr(Q - basis[:, :m] @ (basis[:, :m].T @ Q))[0]
         new = slice(m, m + Q.shape[1])
         basis[:, new], products[:, new] = Q, multiply(Q)

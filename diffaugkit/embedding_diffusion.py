@@ -837,9 +837,13 @@ class _Fit:
                     f"embeddings have shape {embeddings.shape}: several tokens per row need the "
                     "U-Net of images. For vectors, join them: embeddings.reshape(len(X), -1)."
                 )
-            spread = embeddings.std(axis=0)
-            spread = np.where(spread > 0, spread, 1)
-            self.condition = {"mean": embeddings.mean(axis=0), "std": spread}
+            # In double precision: over many rows far from 0 nothing would be left of the spread.
+            mean, spread = (f(embeddings, axis=0, dtype=np.float64) for f in (np.mean, np.std))
+            spread = np.where(spread > 1e-6 * np.abs(mean), spread, 1)
+            self.condition = {
+                "mean": mean.astype(np.float32),
+                "std": spread.astype(np.float32),
+            }
             self.picked = np.sort(np.random.default_rng(seed).permutation(len(rows))[:_POOL])
             self.pool = embeddings[self.picked]
             embeddings = standardise(embeddings, self.condition)
@@ -1005,6 +1009,7 @@ def interpolate_rows(a, b, alpha, kind="slerp"):
     [[0.707, 0.707]]
     """
     a, b = np.asarray(a), np.asarray(b)
+    a, b = (ends.astype(np.result_type(a, b, np.float32), copy=False) for ends in (a, b))
     if a.shape != b.shape:
         raise ValueError(f"The two ends differ in shape: {a.shape} and {b.shape}.")
     alpha = np.asarray(alpha, dtype=a.dtype)

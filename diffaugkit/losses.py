@@ -53,6 +53,9 @@ def _full_precision(tensor):
 
 
 def _squared_distances(a, b):
+    # About the mean of one side: the squares lose the digits that an offset has.
+    center = b.detach().mean(dim=0)
+    a, b = a - center, b - center
     # One matrix product, not an (n, m, d) difference; rounding may go below 0, hence the clamp.
     norms = a.square().sum(1)[:, None] + b.square().sum(1)[None, :]
     return torch.addmm(norms, a, b.T, alpha=-2.0).clamp_min(0.0)

@@ -501,7 +501,8 @@ class _Fit:
             inside = inside.gather(1, place)
         at = self.index[start[:, None] + torch.where(inside, place, 0)]
         scores, _ = self.module(self.instances[at], inside)
-        return F.cross_entropy(scores, label, weight=self.weight)
+        # Over the number of bags, not the sum of their weights: alone a bag keeps its weight.
+        return F.cross_entropy(scores, label, weight=self.weight, reduction="none").mean()
 
 
 def _spans(stops):

@@ -163,8 +163,10 @@ def _seurat_dispersions(mean, variance):
         if len(values) == 1:
             standardised[members] = 1.0
         elif len(values):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                standardised[members] = (values - values.mean()) / values.std(ddof=1)
+            spread = values.std(ddof=1)
+            # Equal up to rounding: none stands out.
+            if spread > 1e-12 * abs(values.mean()):
+                standardised[members] = (values - values.mean()) / spread
     return standardised
 
 

@@ -57,9 +57,12 @@ class ComponentSpace:
     def fit(cls, rows, n_pcs):
         """Learn the space of rows (n, d); `n_pcs` None keeps all features."""
         mean, components, std = linear_space(rows, n_pcs)
-        # What has no spread must come back as it is: division by 0 avoided, the rest stays small.
-        std = np.maximum(std, 1e-6 * max(1.0, np.abs(mean).max())).astype(np.float32)
-        return cls(mean, components, std)
+        # What has no spread must come back as it is: division by 0 avoided, the rest stays small,
+        # by the measure of the data: features may be of any unit, and each of its own.
+        least = 1e-8 * (float(np.max(std)) or 1.0)
+        if components is None:
+            least = np.maximum(least, 1e-6 * np.abs(mean))
+        return cls(mean, components, np.maximum(std, least).astype(np.float32))
 
     def state(self):
         """Plain values, see :func:`space_from_state`."""

@@ -374,3 +374,12 @@ def test_draws_come_from_torch_alone():
     with isolated_rng(3):
         second = ImageViews(n_local=2)(x)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_views_of_images_that_are_not_square():
+    x = torch.rand(2000, 1, 8, 20, generator=torch.Generator().manual_seed(0))
+    recipe = {"recipe": "greyscale", "flip": 0.0, "scale": (1.0, 1.0), "aspect": (1.0, 1.0)}
+    recipe |= {"brightness": 0.0, "contrast": 0.0, "degrees": 0.0, "multicrop_scale": (1.0, 1.0)}
+    with isolated_rng(0):
+        view = ImageViews(recipe).global_view(x, 0)
+        torch.testing.assert_close(view, x, atol=1e-4, rtol=1e-4)

@@ -653,3 +653,16 @@ def test_scores_file_is_removed(tmp_path):
     del leading
     gc.collect()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("rank", [4, 30])
+def test_components_of_large_data_of_low_rank(rank):
+    rng = np.random.default_rng(0)
+    A = (rng.normal(size=(1100, rank)) @ rng.normal(size=(rank, 1100))).astype(np.float32)
+    centred = A.astype(np.float64) - A.mean(axis=0, dtype=np.float64)
+    exact = np.linalg.svd(centred, compute_uv=False)[:rank] / np.sqrt(len(A) - 1)
+    for rows in (DenseRows(A), SparseRows(sp.csr_array(A))):
+        pcs = principal_components(rows, 50)
+        np.testing.assert_allclose(pcs.explained_std[:rank], exact, rtol=1e-4)
+        again = (centred @ pcs.components.T) @ pcs.components
+        np.testing.assert_allclose(again, centred, atol=1e-3 * np.abs(centred).max())

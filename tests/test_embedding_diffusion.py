@@ -496,3 +496,46 @@ def test_a_frozen_autoencoder_of_other_channels_is_refused():
     model = EmbeddingConditionedDiffusion(None, autoencoder=frozen, max_epochs=1)
     with pytest.raises(ValueError, match="X has 1 channels, but the autoencoder was fitted on 3"):
         model.fit(colour[..., 0])
+
+
+@pytest.mark.parametrize("n_pcs", ["auto", None])
+@pytest.mark.parametrize("case", ["large constant", "tiny", "large column"])
+def test_units_of_the_features_are_their_own(n_pcs, case):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(300, 4))
+    if case == "large constant":
+        X = np.column_stack([X, np.full(300, 1e9)])
+    elif case == "large column":
+        X = np.column_stack([X, 1e7 + 1e6 * rng.normal(size=300)])
+    elif case == "tiny":
+        X = X * 1e-8
+    if n_pcs == "auto":
+        n_pcs = EmbeddingConditionedDiffusion().n_pcs
+    model = EmbeddingConditionedDiffusion(None, n_pcs=n_pcs, width=16, max_epochs=1, random_state=0)
+    rows = DenseRows(X)
+    space = model.fit(X)._space_of()
+    whitened = np.asarray(space.encode(rows))
+    inside = whitened.std(axis=0)
+    assert ((np.abs(inside - 1) < 0.01) | (inside < 1e-3)).all()
+    assert (np.abs(inside - 1) < 0.01).sum() >= 4
+    back = space.decode(torch.from_numpy(whitened)).numpy()
+    scale = np.where(X.std(axis=0) > 0, X.std(axis=0), 1e9)
+    assert (np.abs(back - X) <= 1e-3 * scale + 1e-6 * np.abs(X)).all()
+
+
+def test_statistics_of_conditions_far_from_zero():
+    rng = np.random.default_rng(0)
+    embeddings = np.column_stack([np.full(300_000, 7.7), 1000 + rng.normal(size=300_000)])
+    X = rng.normal(size=(300_000, 2)).astype(np.float32)
+    options = {"width": 8, "n_blocks": 1, "max_epochs": 1, "batch_size": 100_000}
+    model = EmbeddingConditionedDiffusion(None, random_state=0, **options)
+    condition = model.fit(X, embeddings=embeddings.astype(np.float32))._condition
+    np.testing.assert_allclose(condition["mean"], [7.7, 1000], rtol=1e-5)
+    np.testing.assert_allclose(condition["std"], [1, 1], rtol=0.01)
+
+
+@pytest.mark.parametrize("kind", ["lerp", "slerp"])
+def test_integers_are_interpolated_too(kind):
+    a, b = np.array([[4, 0]]), np.array([[0, 4]])
+    middle = interpolate_rows(a, b, 0.5, kind)
+    np.testing.assert_allclose(middle, interpolate_rows(a * 1.0, b * 1.0, 0.5, kind), rtol=1e-6)

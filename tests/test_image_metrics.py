@@ -620,3 +620,14 @@ def test_seeds_and_numbers_of_neighbours_of_any_kind(digits):
     assert set(weighted_knn_accuracy(X, y, X_test, y_test, k={5, 9})) == {5, 9}
     for seed in (None, np.random.RandomState(0)):
         assert linear_probe(X, y, X_test, y_test, max_epochs=1, random_state=seed)["accuracy"] > 0
+
+
+@pytest.mark.parametrize("average", ["macro", "micro"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_retrieval_does_not_depend_on_the_order_of_equal_rows(average, dtype):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        X = rng.normal(size=(2, 23))[rng.integers(0, 2, 20)].astype(dtype)
+        y, order = rng.integers(0, 2, 20), rng.permutation(20)
+        whole = retrieval_map(X, y, average=average)
+        assert retrieval_map(X[order], y[order], average=average) == pytest.approx(whole, abs=1e-12)

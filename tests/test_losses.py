@@ -420,3 +420,17 @@ def test_min_snr_is_the_same_weight_on_the_sample_for_every_prediction():
     velocity = min_snr_weight(snr, prediction_type="v_prediction")
     torch.testing.assert_close(velocity / (1 - alpha_bar), on_sample)
     assert min_snr_weight(torch.tensor(0.0)).item() == 1.0
+
+
+@pytest.mark.parametrize("offset", [100.0, 1000.0])
+def test_distances_far_from_zero(offset):
+    generator = torch.Generator().manual_seed(0)
+    z = (0.1 * torch.randn(64, 2, generator=generator) + offset).requires_grad_()
+    exact = torch.cdist(z.detach().double(), z.detach().double()).square()
+    torch.testing.assert_close(squared_distances(z, z).double(), exact, atol=1e-6, rtol=1e-5)
+    weight = torch.rand(64, 64, generator=generator)
+    (own,) = torch.autograd.grad((weight * squared_distances(z, z)).sum(), z)
+    double = z.detach().double().requires_grad_()
+    far = (double[:, None] - double[None]).square().sum(2)
+    (right,) = torch.autograd.grad((weight.double() * far).sum(), double)
+    torch.testing.assert_close(own.double(), right, atol=1e-3, rtol=1e-3)

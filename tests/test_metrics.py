@@ -661,3 +661,28 @@ def test_folds_that_keep_groups_together(blobs):
     X, y = blobs
     folds = list(GroupKFold(3).split(X, y, np.arange(len(X)) % 12))
     assert 0 < knn_accuracy(X, y, cv=folds) <= 1
+
+
+def test_offsets_change_no_distance():
+    rng = np.random.default_rng(0)
+    real, generated = rng.normal(size=(200, 20)), rng.normal(size=(150, 20))
+    offset = np.full(20, 2.0**24)
+    moved = real + offset, generated + offset
+    real, generated = moved[0] - offset, moved[1] - offset  # what of it such numbers hold
+    expected = nearest_training_samples(generated, real)
+    for a, b in zip(nearest_training_samples(moved[1], moved[0]), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    assert precision_recall(*moved) == precision_recall(real, generated)
+    source = np.arange(150)
+    assert copy_ratio(moved[1], source, moved[0]) == pytest.approx(
+        copy_ratio(generated, source, real)
+    )
+    apart = np.column_stack([real[:, :5] + 6, 1.7e9 + rng.normal(size=200)])
+    other = np.column_stack([generated[:, :5], 1.7e9 + rng.normal(size=150)])
+    assert precision_recall(apart, other) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.0, 1e9])
+def test_spread_of_equal_rows_is_undefined(value):
+    with pytest.raises(ValueError, match="all rows of real are equal"):
+        spread_ratio(np.random.default_rng(0).normal(size=(10, 2)), np.full((10, 2), value))

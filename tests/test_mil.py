@@ -346,3 +346,15 @@ def test_a_killed_fit_goes_on(data, tmp_path):
         tiny(**options, checkpoint_dir=tmp_path, callbacks=die).fit(bags, y)
     resumed = tiny(**options, checkpoint_dir=tmp_path).fit(bags, y)
     np.testing.assert_array_equal(resumed.predict_proba(bags), whole.predict_proba(bags))
+
+
+def test_class_weights_count_whatever_the_batch():
+    rng = np.random.default_rng(0)
+    y = (np.arange(64) % 8 == 0).astype(int)
+    X = [rng.normal(size=(2, 3)) for _ in y]  # nothing to tell them apart by
+    for batch_size in (1, 16):
+        options = {"batch_size": batch_size, "max_epochs": 8, "pooling": "mean"}
+        options |= {"hidden_sizes": (), "learning_rate": 0.01, "random_state": 0}
+        plain = tiny(**options).fit(X, y).predict_proba(X)[:, 1].mean()
+        heavy = tiny(**options, class_weight={0: 1, 1: 50}).fit(X, y).predict_proba(X)[:, 1].mean()
+        assert heavy > plain + 0.1

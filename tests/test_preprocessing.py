@@ -516,3 +516,11 @@ def test_totals_of_any_form_and_saving(counts, tmp_path):
     model.save(tmp_path / "model")
     loaded = load(tmp_path / "model")
     np.testing.assert_array_equal(loaded.transform(X), model.transform(X))
+
+
+def test_genes_that_equal_one_another_do_not_stand_out():
+    mean, variance = 5.559653900490542, 13.573255936557942
+    scores = preprocessing._seurat_dispersions(
+        np.array([mean, mean, mean, 0.1, 20]), np.array([variance] * 3 + [0.3, 50])
+    )
+    assert np.isnan(scores[:3]).all()

@@ -16,6 +16,7 @@ from sklearn.base import BaseEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, jaccard_score, recall_score
 from sklearn.model_selection import cross_val_score
+from sklearn.neighbors import KNeighborsClassifier
 
 from diffaugkit.metrics import (
     dice_score,
@@ -134,6 +135,7 @@ def test_regions_of_masks_of_several_sizes():
 
 
 @settings(max_examples=60, deadline=None)
+@pytest.mark.filterwarnings("ignore:All samples are of one class")
 @given(PAIRS)
 def test_sensitivity_and_specificity(pair):
     true, predicted = (mask.ravel() for mask in pair)
@@ -511,3 +513,23 @@ def test_wrong_arguments_are_refused():
         label_instances(true, connectivity=3)
     with pytest.raises(ValueError, match="min_size"):
         label_instances(true, min_size=-1)
+
+
+SCORERS, FUNCTIONS = (sensitivity_scorer, specificity_scorer), (sensitivity, specificity)
+
+
+@pytest.mark.parametrize("names", [(0, 1), ("healthy", "tumour"), (1, 2)])
+def test_scorers_in_folds_of_one_class(names):
+    X = np.array([[0.0], [0.1], [0.2], [1.0], [1.1], [1.2], [0.3], [1.3]])
+    y = np.array(names)[[0, 0, 0, 1, 1, 1, 0, 1]]
+    model = KNeighborsClassifier(1).fit(X, y)  # never wrong
+    for part, expected in (((0, 1), (0.0, 1.0)), ((3, 4), (1.0, 0.0)), ((6, 7), (1.0, 1.0))):
+        found = [score(model, X[list(part)], y[list(part)]) for score in SCORERS]
+        assert found == [
+            score(y[list(part)], y[list(part)], labels=[names[1]]) for score in FUNCTIONS
+        ]
+        assert found[0] == expected[0] or np.isnan(found[0])
+        assert found[1] == expected[1] or np.isnan(found[1])
+    if names[0] == "healthy":
+        with pytest.warns(UserWarning, match="All samples are of one class"):
+            sensitivity(y[:2], y[:2])

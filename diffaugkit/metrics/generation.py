@@ -217,8 +217,9 @@ def copy_ratio(generated: ArrayLike, source: ArrayLike, real: ArrayLike) -> floa
     first = np.unique(group, return_index=True)[1]
     if len(first) < 2:
         raise ValueError("copy_ratio needs at least two different rows in real.")
-    neighbors = NearestNeighbors(n_neighbors=2).fit(real[first])
-    nearest = neighbors.kneighbors(generated, return_distance=False)
+    points, by = _about_center(generated, real[first])
+    neighbors = NearestNeighbors(n_neighbors=2).fit(by)
+    nearest = neighbors.kneighbors(points, return_distance=False)
     is_source = nearest[:, 0] == group[source]
     other = first[np.where(is_source, nearest[:, 1], nearest[:, 0])]
     # Recomputed pair by pair: the search expands the square and so loses digits near zero.
@@ -267,7 +268,8 @@ def nearest_training_samples(
     generated, real = check_pair(
         extract_features(extractor, generated, "generated"), extract_features(extractor, real)
     )
-    index = NearestNeighbors(n_neighbors=1).fit(real).kneighbors(generated, return_distance=False)
+    points, by = _about_center(generated, real)
+    index = NearestNeighbors(n_neighbors=1).fit(by).kneighbors(points, return_distance=False)
     # Recomputed pair by pair: the search expands the square and so loses digits near zero.
     return _paired_distance(generated, real, index[:, 0]), index[:, 0]
 
@@ -302,7 +304,9 @@ def spread_ratio(generated: ArrayLike, real: ArrayLike) -> float:
     0.5
     """
     generated, real = check_pair(generated, real, min_samples=2)
-    total = np.var(real, axis=0, ddof=1, dtype=np.float64).sum()
+    total = np.var(real, axis=0, ddof=1, dtype=np.float64)
+    # The mean of equal values is theirs up to rounding.
+    total = total[total > (8 * np.finfo(np.float64).eps * real[0]) ** 2].sum()
     if total == 0:
         raise ValueError("spread_ratio is undefined: all rows of real are equal.")
     return float(np.sqrt(np.var(generated, axis=0, ddof=1, dtype=np.float64).sum() / total))
@@ -391,14 +395,20 @@ def _kernel_diagonal(X):
     return np.sum((norms / X.shape[1] + 1.0) ** 3)
 
 
+def _about_center(points, by):
+    """Move both to the mean of `by`: distances lose the digits that an offset has."""
+    center = by.mean(axis=0, dtype=np.float64)
+    return (points - center).astype(points.dtype), (by - center).astype(by.dtype)
+
+
 def _covered(points, *, by, k):
     """Return for each point whether it lies in the ball of any member of `by`."""
+    points, by = _about_center(points, by)
     # The members are their own first neighbours, hence k + 1.
     radius = NearestNeighbors(n_neighbors=k + 1).fit(by).kneighbors(by)[0][:, -1]
     # Distances come from an expanded square with errors of about 1e-8 of the norms; without this
     # allowance a point on the rim of a ball, or on a member of radius 0, would fall out by chance.
-    scale = np.sqrt(np.einsum("ij,ij->i", by, by, dtype=np.float64).max())
-    radius = radius + 1e-7 * scale
+    radius = radius + 1e-7 * np.sqrt(np.einsum("ij,ij->i", by, by, dtype=np.float64))
     with config_context(working_memory=128):
         blocks = pairwise_distances_chunked(
             points, by, reduce_func=lambda distance, _: (distance <= radius).any(axis=1)

@@ -28,6 +28,8 @@ from diffaugkit.metrics.checks import (
 
 # Similarities that are held at once; some ten arrays of this size, most of 8 bytes, come with them.
 _BLOCK = 2_000_000
+# Cosines nearer than this are one, by the bytes of a number.
+_ROUNDING = {8: 1e-12, 4: 5e-7}
 
 
 class WeightedKNNClassifier(ClassifierMixin, BaseEstimator):
@@ -285,6 +287,7 @@ def retrieval_map(
     if average == "micro":
         wanted, similarity = (np.concatenate(part) for part in zip(*pooled, strict=True))
         if wanted.any():
+            similarity = np.round(similarity, 12 if similarity.dtype.itemsize == 8 else 6)
             return float(average_precision_score(wanted, similarity))
     elif average is None:
         return values
@@ -352,7 +355,9 @@ def _average_precision(wanted, similarity):
     precision = hit.cumsum(axis=1) / rank
     # Equal similarities have no order among them: all count at the last rank of their group.
     last = np.ones(hit.shape, dtype=bool)
-    last[:, :-1] = ranked[:, :-1] != ranked[:, 1:]
+    # Products of equal rows may differ by rounding, with their places.
+    with np.errstate(invalid="ignore"):  # those left out, -inf, are no rank
+        last[:, :-1] = ranked[:, :-1] - ranked[:, 1:] > _ROUNDING[ranked.dtype.itemsize]
     end = np.where(last, rank - 1, hit.shape[1])
     end = np.minimum.accumulate(end[:, ::-1], axis=1)[:, ::-1]
     total = hit.sum(axis=1)

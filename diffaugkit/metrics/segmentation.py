@@ -259,11 +259,30 @@ def specificity(
 
 
 #: Larger is better; for estimators whose ``predict`` gives masks.
+
+
+class _PositiveScorer:
+    """Score of the predicted classes, of two the second; a fold may hold one of them alone."""
+
+    def __init__(self, score_func):
+        self.score_func = score_func
+
+    def __call__(self, estimator, X, y):
+        """Return the score of ``estimator.predict(X)`` for the classes `y`."""
+        classes = getattr(estimator, "classes_", ())
+        labels = [classes[1]] if len(classes) == 2 else None
+        return self.score_func(y, estimator.predict(X), labels=labels)
+
+    def __repr__(self):
+        """Return the scorer's name."""
+        return f"{self.score_func.__name__}_scorer"
+
+
 dice_scorer = make_scorer(dice_score)
 iou_scorer = make_scorer(iou_score)
 #: Larger is better; for classifiers, and for estimators whose ``predict`` gives masks.
-sensitivity_scorer = make_scorer(sensitivity)
-specificity_scorer = make_scorer(specificity)
+sensitivity_scorer = _PositiveScorer(sensitivity)
+specificity_scorer = _PositiveScorer(specificity)
 
 # ------------------------------------------------------------------ segments without names
 
@@ -823,6 +842,13 @@ def _confusion(y_true, y_pred, labels, ignore_label):
             labels = np.array([1], labels.dtype)
         elif len(labels) == 2:
             labels = labels[1:]
+        elif len(labels) == 1:
+            warnings.warn(
+                f"All samples are of one class, {labels.tolist()[0]!r}, which counts as the "
+                "positive one: say which is, labels=[...].",
+                UserWarning,
+                stacklevel=3,
+            )
     if np.isin(labels, np.union1d(true, predicted)).any():
         return multilabel_confusion_matrix(true, predicted, labels=labels)
     # scikit-learn refuses labels of which there are none.
