@@ -285,9 +285,11 @@ def _krylov_components(rows, mean, k, random_state):
     Q, m = random_state.standard_normal((d, min(width, most))).astype(np.float32), 0
     for number in range(1, n_blocks + 1):
         # Twice is enough for full orthogonality, but where the data have no further directions:
-        # then what is left is rounding, and its own directions have to be made from it.
-        for _ in range(4):
-            Q = np.linalg.qr(Q - basis[:, :m] @ (basis[:, :m].T @ Q))[0]
+        # then rounding is what is left, and shrinks again.
+        for turn in range(5):
+            Q, R = np.linalg.qr(Q - basis[:, :m] @ (basis[:, :m].T @ Q))
+            if turn and np.abs(np.diag(R)).min() > 0.9:
+                break
         new = slice(m, m + Q.shape[1])
         basis[:, new], products[:, new] = Q, multiply(Q)
         m = new.stop
