@@ -71,6 +71,7 @@ from diffaugkit.objectives import (
 __all__ = ["SelfSupervisedEncoder", "auto_epochs", "linear_space", "project_rows"]
 
 _LEAST_SPREAD = 0.1
+_FEW_ROWS = 10
 _METHODS = ("auto", "scl", "simclr", "mocov2", "byol", "simsiam", "dino")
 # What few users change; DINO's values are those of its authors' code.
 _METHOD_OPTIONS = {
@@ -471,7 +472,8 @@ class SelfSupervisedEncoder(TorchTransformer):
             after_step=state.module.after_step,
         )
         self._set_fitted(state, module, history)
-        _warn_of_collapse(history, self._method(images))
+        if images or len(rows) >= _FEW_ROWS:  # mix-ups of two rows are one point
+            _warn_of_collapse(history, self._method(images))
         return self
 
     def transform(self, X):
