@@ -148,8 +148,17 @@ def neighbor_mixup(x, neighbors, rows):
 _BLUR_SIDE = 48
 _LUMA = (0.299, 0.587, 0.114)
 _YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
-# Optical density of haematoxylin, eosin and DAB in red, green and blue (Ruifrok and Johnston 2001).
-_STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+# Optical density of haematoxylin, eosin and DAB in red, green and blue (Ruifrok and Johnston 2001),
+# each of length 1, side by side: three rows for the colours.
+_STAINS = tuple(
+    zip(
+        *(
+            [value / math.hypot(*stain) for value in stain]
+            for stain in ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+        ),
+        strict=True,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -471,11 +480,8 @@ def _restain(unit, strength):
     """Change the density of each stain a little: Tellez et al. 2018, in optical density."""
     change = 1 + _uniform(unit, -strength, strength, 3)
     density = -unit.clamp(min=1 / 255).log()
-    # Columns are the stains' densities, of length 1.
-    unit_stains = [[value / math.hypot(*stain) for value in stain] for stain in _STAINS]
-    stains = tuple(zip(*unit_stains, strict=True))
-    inverse = _inverse(stains, unit.device)
-    matrix = _table(stains, unit.device) @ (change[..., None] * inverse)
+    there = change[..., None] * _inverse(_STAINS, unit.device)
+    matrix = _table(_STAINS, unit.device) @ there
     return torch.exp(-torch.bmm(matrix, density.flatten(2))).view_as(unit)
 
 

@@ -24,9 +24,9 @@ from sklearn.utils._param_validation import HasMethods, Interval, Options, StrOp
 from torch import nn
 
 from diffaugkit.data import unchanged_on_failure
-from diffaugkit.persistence import save
+from diffaugkit.persistence import fingerprint, save
 from diffaugkit.runtime import mix_seed, resolve_device
-from diffaugkit.training import digest, fit_loop
+from diffaugkit.training import fit_loop
 
 __all__ = [
     "HasMethods",
@@ -307,7 +307,8 @@ def described(value):
         return described(parts)
     if isinstance(value, nn.Module):
         plain = {k: v for k, v in vars(value).items() if isinstance(v, bool | int | float | str)}
-        return f"{type(value).__qualname__} {digest(value.state_dict(), repr((value, plain)))}"
+        form = np.frombuffer(repr((value, plain)).encode(), np.uint8)
+        return f"{type(value).__qualname__} {fingerprint(value, form)}"
     if isinstance(value, torch.Tensor):
         return described(value.detach().cpu().tolist())
     if hasattr(value, "__array__") and not isinstance(value, type):

@@ -314,7 +314,8 @@ class SelfSupervisedEncoder(TorchTransformer):
         "momentum": [Interval(Real, 0, 1, closed="left"), StrOptions({"auto"})],
         "method_options": [dict, None],
     }
-    _extra_state = ("_layout", "_pixel_range")
+    # "_n_embedding" is in models of images saved until November 2026.
+    _extra_state = ("_layout", "_n_embedding", "_pixel_range")
 
     def __init__(
         self,

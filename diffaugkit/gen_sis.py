@@ -44,7 +44,8 @@ from diffaugkit.embedding_diffusion import (
 from diffaugkit.encoder import SelfSupervisedEncoder
 from diffaugkit.encoder_fits import draw_partners
 from diffaugkit.image_rows import ImageRows
-from diffaugkit.image_store import fingerprint, stored_samples
+from diffaugkit.image_store import stored_samples
+from diffaugkit.persistence import fingerprint
 from diffaugkit.runtime import mix_seed
 
 _VIEWS, _INTERPOLATIONS, _PARTNERS = 0, 1, 2

@@ -571,20 +571,18 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
                 # X as the generator will read it, before it learns from the pool.
                 reader = clone(diffusion)
                 try:
-                    check_X(reader, unlabeled, reset=True, **gate, **least)
+                    pool = check_X(reader, unlabeled, reset=True, **gate, **least)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"unlabeled: {error}") from error
-                check_X(reader, X, reset=False, **gate)
-            if not rows.is_image and len(rows) * rows.n_features <= _DENSE_VALUES:
+                rows = check_X(reader, X, reset=False, **gate)
+            elif not rows.is_image and len(rows) * rows.n_features <= _DENSE_VALUES:
                 rows = DenseRows(rows[:].numpy(), rows.feature_names)
             if self.diffusion == "auto" and rows.is_image and max(rows.shape[2:]) >= _LARGE:
                 diffusion.set_params(autoencoder=self._hand_over(LatentAutoencoder()))
             own = diffusion.checkpoint_dir
             if own is None:
                 diffusion.set_params(checkpoint_dir=self._folder("diffusion"))
-            diffusion.fit(rows if unlabeled is None else unlabeled).set_params(checkpoint_dir=own)
-            rows = diffusion._check_rows(rows if unlabeled is None else X)
-            pool = None if unlabeled is None else diffusion._check_rows(unlabeled)
+            diffusion.fit(rows if pool is None else pool).set_params(checkpoint_dir=own)
         self.n_features_in_ = generator.n_features_in_
         vars(self).pop("feature_names_in_", None)
         if hasattr(generator, "feature_names_in_"):

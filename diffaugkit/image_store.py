@@ -6,7 +6,6 @@ made again; one that is damaged is made anew. What the samples depend on (weight
 is written beside them, so that a store of another generator is refused instead of mixed in.
 """
 
-import hashlib
 import itertools
 import json
 import warnings
@@ -19,7 +18,7 @@ from diffaugkit.persistence import ModelFileError, read_folder, write_folder
 from diffaugkit.rows import Rows
 from diffaugkit.runtime import process_rank
 
-__all__ = ["StoredRows", "fingerprint", "stored_samples"]
+__all__ = ["StoredRows", "stored_samples"]
 
 # Samples in a shard: what a killed run has to make again at most.
 _SHARD = 1024
@@ -81,7 +80,8 @@ def stored_samples(
         ``generate(rows) -> Tensor (len(rows), ...)``, uint8 or float32, for an int64 array of row
         numbers. Row i must not depend on the other rows asked with it.
     settings : dict
-        Plain values that tell this run from others; see :func:`fingerprint`.
+        Plain values that tell this run from others; see
+        :func:`~diffaugkit.persistence.fingerprint`.
     shard_size : int, default=1024
         Samples of a shard.
     in_memory_bytes : int, default=2**31
@@ -125,37 +125,6 @@ def stored_samples(
         samples = generate(np.arange(starts[number], starts[number + 1])).cpu().contiguous()
         write_folder(path, {"samples": samples}, {"settings": settings})
     return _read_store(folder, starts, in_memory_bytes)
-
-
-def fingerprint(*arrays):
-    """Digest of arrays and of the weights of modules, 16 hexadecimal digits.
-
-    Parameters
-    ----------
-    *arrays : ndarray, Tensor or nn.Module
-        What the samples depend on.
-
-    Returns
-    -------
-    str
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from diffaugkit.image_store import fingerprint
-    >>> fingerprint(np.zeros(2)) == fingerprint(np.zeros(2)) != fingerprint(np.ones(2))
-    True
-    """
-    digest = hashlib.sha256()
-    for array in arrays:
-        values = array.state_dict().values() if hasattr(array, "state_dict") else [array]
-        for value in values:
-            if isinstance(value, torch.Tensor):
-                value = value.detach().cpu().float().numpy()
-            value = np.ascontiguousarray(value)
-            digest.update(repr((value.shape, value.dtype.str)).encode())
-            digest.update(value.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _is_whole(path, settings):

@@ -46,7 +46,15 @@ try:
 except ImportError:  # Windows has no such locks: there, one writer at a time is up to the caller
     fcntl = None
 
-__all__ = ["ModelFileError", "load", "read_folder", "save", "write_folder"]
+__all__ = [
+    "ModelFileError",
+    "check_target",
+    "fingerprint",
+    "load",
+    "read_folder",
+    "save",
+    "write_folder",
+]
 
 FORMAT_VERSION = 1
 # Caps, in bytes, on what is read before its checksum is known. They bind saving too, so that what
@@ -225,6 +233,42 @@ def write_folder(path, tensors, document):
         packer.tensors[name] = _as_tensor(value, f"tensors[{name!r}]")
         packer.kinds[name] = "tensor" if isinstance(value, torch.Tensor) else "array"
     _write(Path(path), packer.tensors, packer.kinds, packed)
+
+
+def fingerprint(*values):
+    """Digest of arrays and of the weights of modules, 16 hexadecimal digits.
+
+    Parameters
+    ----------
+    *values : ndarray, Tensor or nn.Module
+        What tells this model, or these data, from others.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from diffaugkit.persistence import fingerprint
+    >>> fingerprint(np.zeros(2)) == fingerprint(np.zeros(2)) != fingerprint(np.ones(2))
+    True
+    """
+    digest = hashlib.sha256()
+    for value in values:
+        parts = [value]
+        if hasattr(value, "state_dict"):  # which may hold more than weights
+            parts = [v for v in value.state_dict().values() if isinstance(v, torch.Tensor)]
+        for part in parts:
+            if isinstance(part, torch.Tensor):
+                form = tuple(part.shape), part.dtype
+                part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            else:
+                part = np.ascontiguousarray(part)
+                form = part.shape, part.dtype.str
+            digest.update(repr(form).encode())
+            digest.update(part.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_folder(path):

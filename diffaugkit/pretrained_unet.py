@@ -26,7 +26,7 @@ from diffaugkit.encoder_fits import auto_epochs
 from diffaugkit.image_files import list_images
 from diffaugkit.image_inputs import reading_range
 from diffaugkit.image_rows import to_unit
-from diffaugkit.image_store import fingerprint
+from diffaugkit.persistence import fingerprint
 from diffaugkit.runtime import isolated_rng
 from diffaugkit.segmentation_data import ImageList, PatchRows, erase_boxes, swap_cells, vary_pairs
 from diffaugkit.segmentation_networks import AttentionUNet

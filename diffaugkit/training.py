@@ -15,7 +15,6 @@ trains on all of them. A process on its own needs none of it and goes without.
 """
 
 import contextlib
-import hashlib
 import math
 import time
 import traceback
@@ -26,7 +25,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from diffaugkit.persistence import ModelFileError, check_target, read_folder, write_folder
+from diffaugkit.persistence import (
+    ModelFileError,
+    check_target,
+    fingerprint,
+    read_folder,
+    write_folder,
+)
 from diffaugkit.runtime import (
     SharedCores,
     all_processes,
@@ -39,7 +44,7 @@ from diffaugkit.runtime import (
     tf32,
 )
 
-__all__ = ["NonFiniteLossError", "digest", "fit_loop", "scheduled_rate"]
+__all__ = ["NonFiniteLossError", "fit_loop", "scheduled_rate"]
 
 # The stream of a seed from which batches draw; `batches` has another.
 _STEP = 1
@@ -632,7 +637,7 @@ class _State:
         self._settings = {
             **settings,
             "parameters": {k: list(v.shape) for k, v in self._module.state_dict().items()},
-            "initial_weights": digest(self._module.state_dict()),
+            "initial_weights": fingerprint(self._module),
             **(batches.fingerprint() if hasattr(batches, "fingerprint") else {}),
         }
         if folder.is_dir():
@@ -715,12 +720,3 @@ def _difference(name, there, here):
         keys = [k for k in here if k not in there or there[k] != here[k]] or list(there)
         return ", ".join(_difference(f"{name}.{k}", there.get(k), here.get(k)) for k in keys)
     return f"{name} ({there!r} there, {here!r} here)"
-
-
-def digest(tensors, text=""):
-    """Digest of the values of a state dict, and of a text, 16 hexadecimal digits."""
-    found = hashlib.sha256(text.encode())
-    for tensor in tensors.values():
-        if isinstance(tensor, torch.Tensor):
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:16]

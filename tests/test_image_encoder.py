@@ -649,3 +649,12 @@ def test_what_is_no_set_of_images_is_named(tmp_path):
     np.testing.assert_allclose(encoder.transform((X / 255).tolist()), whole, atol=1e-4)
     with pytest.raises(ValueError, match="method was set to 'dino' after a fit with another"):
         encoder.set_params(method="dino").save(tmp_path / "model")
+
+
+def test_models_that_hold_their_width_load(tmp_path):
+    X = np.random.default_rng(0).integers(0, 256, (12, 8, 8)).astype(np.uint8)
+    encoder = SelfSupervisedEncoder("simclr", max_epochs=1, batch_size=6, random_state=0).fit(X)
+    encoder._n_embedding = 256  # as they were saved until November 2026
+    encoder.save(tmp_path / "model")
+    loaded = diffaugkit.load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.transform(X), encoder.transform(X))

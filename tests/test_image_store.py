@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffaugkit.image_store import StoredRows, fingerprint, stored_samples
+from diffaugkit.image_store import StoredRows, stored_samples
+from diffaugkit.persistence import fingerprint
 from diffaugkit.runtime import isolated_rng
 
 N, SHAPE = 23, (3, 4, 5)
