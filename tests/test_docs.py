@@ -53,7 +53,7 @@ def test_readme_has_the_two_commands_that_set_everything_up():
     commands = re.findall(r"^```bash\n(.*?)^```$", PAGES[0].read_text(), re.DOTALL | re.MULTILINE)
     assert [command.count("\n") for command in commands] == [1, 1]
     assert commands[0].endswith("examples/quickstart.py\n")
-    assert commands[1].endswith("-m pytest\n")  # .ci/run finds the line by this
+    assert commands[1].endswith("-m pytest -n auto\n")  # .ci/run finds the line by this
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

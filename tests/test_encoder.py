@@ -105,7 +105,7 @@ def test_new_rows_fall_where_their_kind_is(blobs):
         {"verbose": 1},
         {"callbacks": [lambda epoch, history: None]},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_every_option_is_used(blobs, options):
     X = blobs[0]

@@ -169,7 +169,7 @@ def test_prototypes_follow_the_number_of_samples(n, out_dim):
         {"weight_decay": 0.5},
         {"precision": "bf16"},
     ],
-    ids=str,
+    ids="-".join,
 )  # fmt: skip
 def test_every_option_of_dino_is_used(X, options):
     if options.get("augmentation") is torch.flip:
