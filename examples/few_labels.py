@@ -4,12 +4,13 @@ Few labels: a generator learns from all digits, and augments the 50 that have la
 
 Learn an encoder and a diffusion model from 1 297 handwritten digits without labels, then add
 generated digits to 50 labelled ones, checked for their labels and for copies, and train classifiers
-on both. Takes about three minutes on two cores::
+on both. Takes about three minutes on two cores; needs the extra `plots`::
 
     python examples/few_labels.py      # writes few_labels.png
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -38,6 +39,9 @@ parser.add_argument("--diffusion-epochs", type=int, default=20)
 parser.add_argument("--ratio", type=int, default=5, help="generated digits per labelled one")
 parser.add_argument("--repeats", type=int, default=3, help="random choices of the 50 labels")
 args = parser.parse_args()
+args.folder.mkdir(parents=True, exist_ok=True)
+if not os.access(args.folder, os.W_OK):  # said now, and not after minutes of work
+    parser.error(f"{args.folder.resolve()} cannot be written to; name another --folder")
 
 # %%
 # Data: digits of 8 x 8 pixels. 500 are for testing; nothing below learns from them.
@@ -89,7 +93,10 @@ for repeat in range(args.repeats):
             classifier.fit(given.reshape(len(given), -1), labels)
             found = classifier.score(X_test.reshape(len(X_test), -1), y_test)
             scores[name][kind].append(100 * found)
-print(f"accuracy on {len(X_test)} digits, %, mean over {args.repeats} choices of the 50\n")
+print(
+    f"accuracy on {len(X_test)} digits, %: mean +- standard deviation over {args.repeats} choices\n"
+    "of the 50 (+: with generated digits, only: from generated digits alone)\n"
+)
 print(f"{'':20}" + "".join(f"{kind:>22}" for kind in classifiers))
 for name, by_kind in scores.items():
     cells = (f"{np.mean(v):.1f} +- {np.std(v):.1f}" for v in by_kind.values())
@@ -118,7 +125,6 @@ for (name, augmenter), ax in zip(samplers.items(), axes, strict=True):
     closest = distance.reshape(-1, 5).argmin(axis=1) + 5 * np.arange(len(sources))
     SampleGridDisplay(shown, few[sources], y_few[sources], X_pool[nearest[closest]]).plot(ax=ax)
     ax.set_title(name)
-args.folder.mkdir(parents=True, exist_ok=True)
 figure.savefig(args.folder / "few_labels.png", dpi=110)
 print(f"figure: {args.folder / 'few_labels.png'}")
 print(f"\nall of it in {time.perf_counter() - start:.0f} s")

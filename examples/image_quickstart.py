@@ -4,12 +4,13 @@ Images: from unlabelled digits to a stronger encoder and a generator
 
 Learn an encoder from 1 797 handwritten digits without labels, a diffusion model on its embeddings,
 and a second encoder from what was generated (Gen-SIS). Compare, look at reconstructions and
-interpolations, save the model. Takes about three minutes on two cores::
+interpolations, save the model. Takes about three minutes on two cores; needs the extra `plots`::
 
-    python examples/image_quickstart.py      # writes image_quickstart.png and a model
+    python examples/image_quickstart.py  # writes image_quickstart.png, image_quickstart_model/
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -30,6 +31,9 @@ parser.add_argument("--folder", type=Path, default=Path(), help="where to write 
 parser.add_argument("--epochs", type=int, default=25, help="of each encoder")
 parser.add_argument("--diffusion-epochs", type=int, default=20)
 args = parser.parse_args()
+args.folder.mkdir(parents=True, exist_ok=True)
+if not os.access(args.folder, os.W_OK):  # said now, and not after minutes of work
+    parser.error(f"{args.folder.resolve()} cannot be written to; name another --folder")
 
 # %%
 # Data: digits of 8 x 8 pixels. The labels are for the table at the end only.
@@ -86,7 +90,6 @@ SampleGridDisplay.from_estimator(
 )
 InterpolationDisplay.from_estimator(model, X_test[first], X_test[other], ax=strip_axes)
 TrainingCurveDisplay.from_estimator(model, ax=loss_axes)
-args.folder.mkdir(parents=True, exist_ok=True)
 figure.savefig(args.folder / "image_quickstart.png", dpi=110)
 print(f"figure: {args.folder / 'image_quickstart.png'}")
 

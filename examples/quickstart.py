@@ -3,13 +3,15 @@ Quickstart: 700 blood cells, from counts to a figure
 ====================================================
 
 Learn an embedding, a map and a generator of cells from unlabelled PBMC data; compare with PCA and
-UMAP, look at synthetic cells, save the model. Takes about two minutes on two cores::
+UMAP, look at synthetic cells, save the model. Takes about two minutes on two cores; needs the
+extras `cells` and `plots`::
 
     python examples/quickstart.py            # writes quickstart.png and quickstart_model/
 """
 
 import argparse
 import importlib.util
+import os
 import time
 from pathlib import Path
 
@@ -28,6 +30,9 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
 parser.add_argument("--folder", type=Path, default=Path(), help="where to write figure and model")
 parser.add_argument("--schedule", type=int, nargs="+", help="epochs E M E, to try it out faster")
 args = parser.parse_args()
+args.folder.mkdir(parents=True, exist_ok=True)
+if not os.access(args.folder, os.W_OK):  # said now, and not after minutes of work
+    parser.error(f"{args.folder.resolve()} cannot be written to; name another --folder")
 
 # %%
 # Data: peripheral blood cells that ship inside scanpy, as raw counts, with cell types that nobody
@@ -97,7 +102,6 @@ EmbeddingDisplay.from_estimator(
 TrainingCurveDisplay.from_estimator(model, ax=loss_axes)
 real_axes.set_title("700 real cells")
 synthetic_axes.set_title("700 generated cells on top")
-args.folder.mkdir(parents=True, exist_ok=True)
 figure.savefig(args.folder / "quickstart.png", dpi=110)
 print(f"figure: {args.folder / 'quickstart.png'}")
 

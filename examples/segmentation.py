@@ -6,12 +6,13 @@ A U-Net learns to denoise tissue without masks, and then, from eight tiles of 64
 masks, to find nuclei (GenSelfDiff-HIS). The same network from scratch is the comparison. The truth
 is the haematoxylin stain of scikit-image's picture, above a threshold: a matter of colour, in which
 scratch does as well. What a start is worth is measured on glands, in benchmarks/segmentation.py.
-Takes about three minutes on two cores::
+Takes about three minutes on two cores; needs the extras `images` and `plots`::
 
     python examples/segmentation.py      # writes segmentation.png
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -31,6 +32,9 @@ parser.add_argument("--folder", type=Path, default=Path(), help="where to write 
 parser.add_argument("--pretrain-epochs", type=int, default=20)
 parser.add_argument("--epochs", type=int, default=150)
 args = parser.parse_args()
+args.folder.mkdir(parents=True, exist_ok=True)
+if not os.access(args.folder, os.W_OK):  # said now, and not after minutes of work
+    parser.error(f"{args.folder.resolve()} cannot be written to; name another --folder")
 
 # %%
 # Data: one picture of 512 x 512 pixels. The left 320 columns are for learning, the right 192 for
@@ -84,8 +88,8 @@ for axis, (name, image, colors) in zip(axes, shown, strict=True):
     if name in found:
         axis.contour(truth[:, 320:], [0.5], colors="tab:orange", linewidths=0.8)
         name += f", Dice {dice_score(truth[:, 320:], image):.3f}"
+        axis.set_xlabel("orange: outline of the truth")
     axis.set(title=name, xticks=[], yticks=[])
-args.folder.mkdir(parents=True, exist_ok=True)
 figure.savefig(args.folder / "segmentation.png", dpi=110)
 print(f"\nfigure: {args.folder / 'segmentation.png'}")
 print(f"all of it in {time.perf_counter() - start:.0f} s")
