@@ -10,6 +10,7 @@ the time after.
 import functools
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import numpy as np
 import torch
@@ -284,6 +285,12 @@ def image_recipe(augmentation, channels):
             f"augmentation={augmentation!r}: {', '.join(unknown)} is no value of a recipe; these "
             f"are: {', '.join(known)}."
         )
+    for key, value in changes.items():
+        values, n = np.atleast_1d(np.asarray(value, dtype=object)), np.size(known[key].default)
+        fits = values.shape == (n,) and all(isinstance(v, Real) and v >= 0 for v in values)
+        if not fits or (n == 2 and values[0] > values[1]):
+            form = {1: "a number", 2: "two numbers, the smaller first,", 3: "three numbers"}[n]
+            raise ValueError(f"augmentation: {key}={value!r} must be {form} of at least 0.")
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     return replace(RECIPES[name], **changes)
 

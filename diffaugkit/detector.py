@@ -75,10 +75,10 @@ class DiffusionDetector(PretrainedUNet):
     classes : array-like or None, default=None
         Labels that boxes may have. None takes those found. Give it where a training set may lack a
         class.
-    validation_fraction : float, default=0.1
+    validation_fraction : float or "auto", default="auto"
         Share of the images, or of the `groups`, by whose average precision, mean over IoU 0.5 to
-        0.95, the best epoch is chosen. Where it amounts to half of one at most, the last epoch is
-        kept and nothing held out.
+        0.95, the best epoch is chosen; with 0 the last epoch is kept. "auto" is a tenth, or 0 where
+        that is fewer than three.
     overlap : float, default=0.25
         Prediction: share of a tile that the next one covers again. Objects are seen whole in some
         tile if they are smaller than that share.
@@ -178,7 +178,7 @@ class DiffusionDetector(PretrainedUNet):
         head_stride="auto",
         augment=True,
         classes=None,
-        validation_fraction=0.1,
+        validation_fraction="auto",
         overlap=0.25,
         score_threshold=0.2,
         nms_threshold=0.5,
@@ -391,7 +391,14 @@ class DiffusionDetector(PretrainedUNet):
         batch_size = 8 if device.type == "cpu" else 32
         sizes = [images.size(number) for number in range(len(images))]
         found = [StripBoxes(tile[0], self.nms_threshold) for _ in sizes]
-        strips = predict_strips(images, predict, tile=tile, stride=stride, batch_size=batch_size)
+        strips = predict_strips(
+            images,
+            predict,
+            tile=tile,
+            stride=stride,
+            batch_size=batch_size,
+            lattice=s if s <= min(tile) else 1,
+        )
         for number, rows, maps in strips:
             found[number].add(rows, candidates(maps, rows, sizes[number], s, least))
         return [image.all() for image in found]

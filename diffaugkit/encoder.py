@@ -219,7 +219,9 @@ class SelfSupervisedEncoder(TorchTransformer):
         Passes over the data. "auto" is as many as make 1 000 batches, but at least 10 and at most
         330, DiffAug's E-step: large data need fewer passes.
     batch_size : int, default=300
-        At least 2; DiffAug's. Other rows of the batch are the negatives.
+        At least 2; DiffAug's. Other rows of the batch are the negatives; where several processes
+        train together, those of a process's own share of it, and MoCo's queue takes the keys of the
+        first process.
     learning_rate : float or "auto", default="auto"
         Peak rate of AdamW with warm-up and cosine. "auto" is 2e-3 for the MLP (DiffAug's code has
         1e-3, its paper prints 1e-4, both for many more steps) and "small_resnet", and DINO's

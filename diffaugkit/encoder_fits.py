@@ -23,7 +23,7 @@ from diffaugkit.batches import make_batches, take
 from diffaugkit.data import check_X
 from diffaugkit.decomposition import PrincipalComponents, principal_components
 from diffaugkit.image_rows import to_unit
-from diffaugkit.networks import patch_size
+from diffaugkit.networks import feature_width, patch_size
 from diffaugkit.rows import DenseRows, MappedRows
 from diffaugkit.runtime import isolated_rng
 
@@ -153,6 +153,15 @@ class ImageFit:
             n_local = 0
         patch = patch_size(self.module.network.backbone) or (1, 1)
         size = local_size(shape[:2], patch)
+        if n_local:
+            network = self.module.network
+            try:
+                feature_width(network.backbone, (*size, shape[2]), network.features, network.n_last)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} This is the size of DINO's local crops: set n_local_crops=0, or take "
+                    "a backbone for images of any size."
+                ) from error
         if not callable(encoder.augmentation):
             image_recipe(encoder.augmentation, shape[2])  # a wrong name fails here, not in a step
         return ImageViews(encoder.augmentation, n_local=n_local, local_size=size)

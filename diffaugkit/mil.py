@@ -215,6 +215,10 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
             )
+        if not all(isinstance(size, Integral) and size >= 1 for size in self.hidden_sizes):
+            raise ValueError(
+                f"hidden_sizes={self.hidden_sizes!r} must hold integers of at least 1."
+            )
         self._with_groups = groups is not None
         rows, bags, index = self._bags(X, groups, reset=True)
         labels = _labels_of_bags(y, len(bags), groups)
@@ -486,15 +490,18 @@ class _Fit:
         self.index = torch.from_numpy(index).to(device)
         self.bounds = torch.as_tensor(bags, device=device)
         self.weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
-        # As long as the longest bag of all, not of the batch: nothing waits for the device.
-        self.length = int((self.bounds[:, 1] - self.bounds[:, 0]).max())
+        # A GPU pads to the longest bag of all, so that nothing waits for it; elsewhere that would
+        # be most of the work beside a single large bag.
+        longest = int((self.bounds[:, 1] - self.bounds[:, 0]).max())
+        self.length = longest if device.type == "cuda" else None
 
     def loss(self, number, label):
         start, stop = self.bounds[number].unbind(1)
         count = (stop - start)[:, None]
-        place = torch.arange(self.length, device=number.device).expand(len(number), -1)
+        length = self.length or int(count.max())
+        place = torch.arange(length, device=number.device).expand(len(number), -1)
         inside = place < count
-        if self.limit is not None and self.limit < self.length:
+        if self.limit is not None and self.limit < length:
             # The first ones of a random order of each bag, padding last.
             order = torch.rand(inside.shape, device=number.device) + (~inside).float()
             place = order.argsort(dim=1)[:, : self.limit]

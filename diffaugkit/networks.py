@@ -5,6 +5,7 @@ what the loss compares; ``network.embed(x)`` gives y, ``network.head(y)`` gives 
 """
 
 import copy
+import inspect
 import itertools
 import os
 import pickle
@@ -215,16 +216,9 @@ class DINOHead(nn.Module):
         nn.init.kaiming_uniform_(self.prototypes, a=5**0.5)
         self.gain = None if norm_last else nn.Parameter(torch.ones(out_dim))
 
-    def forward(self, y, learn_prototypes=None):
-        """Logits (B, K) of embeddings y (B, n_features).
-
-        `learn_prototypes`, a tensor that is 0 or 1, stops the gradient of the last layer at 0
-        without a look at its value, which would wait for the device.
-        """
-        weight = self.prototypes
-        if learn_prototypes is not None:
-            weight = torch.lerp(weight.detach(), weight, learn_prototypes)
-        z = F.linear(F.normalize(self.mlp(y), dim=-1), F.normalize(weight, dim=-1))
+    def forward(self, y):
+        """Logits (B, K) of embeddings y (B, n_features)."""
+        z = F.linear(F.normalize(self.mlp(y), dim=-1), F.normalize(self.prototypes, dim=-1))
         return z if self.gain is None else z * self.gain
 
 
@@ -321,7 +315,7 @@ def image_features(backbone, x, features="auto", n_last=4):
         # Swin and a few others of timm have the channels last.
         sides = (1, 2) if getattr(backbone, "output_fmt", None) == "NHWC" else (2, 3)
         return maps.mean(sides) if maps.ndim == 4 else image_features(backbone, x)
-    if not (vit and backbone.has_class_token):
+    if not (vit and _has_cls_token(backbone)):
         raise ValueError(
             f"features={features!r} needs a vision transformer with a CLS token, but backbone is a "
             f"{type(backbone).__name__}. Use features='pooled' or 'auto'."
@@ -330,6 +324,11 @@ def image_features(backbone, x, features="auto", n_last=4):
         return backbone.forward_features(x)[:, 0]
     if features != "last_n":
         raise ValueError(f"features={features!r} must be one of {', '.join(FEATURES)}.")
+    if "return_prefix_tokens" not in inspect.signature(backbone.forward_intermediates).parameters:
+        raise ValueError(
+            f"features='last_n' needs the CLS token of several blocks, which a "
+            f"{type(backbone).__name__} does not give. Use features='cls'."
+        )
     layers = backbone.forward_intermediates(
         x,
         min(n_last, len(backbone.blocks)),
@@ -354,7 +353,7 @@ def feature_width(backbone, shape, features="auto", n_last=4):
     try:
         with torch.no_grad():
             return image_features(backbone.eval(), x, features, n_last).shape[1]
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"The backbone {type(backbone).__name__} cannot take images of shape "
             f"{tuple(x.shape)} (batch, channels, height, width): {error}"
@@ -584,11 +583,18 @@ def _is_vit(backbone):
     return all(hasattr(backbone, name) for name in ("blocks", "patch_embed", "num_prefix_tokens"))
 
 
+def _has_cls_token(backbone):
+    # Relatives of timm's VisionTransformer (BEiT, EVA, DINOv3) do not say it: they have one or not.
+    has = getattr(backbone, "cls_token", None) is not None
+    return getattr(backbone, "has_class_token", has)
+
+
 def patch_size(backbone):
     """Side (h, w) of the patches of a vision transformer, or None for other backbones."""
     if not _is_vit(backbone):
         return None
-    return tuple(int(side) for side in backbone.patch_embed.patch_size)
+    size = backbone.patch_embed.patch_size
+    return (size, size) if isinstance(size, int) else tuple(int(side) for side in size)
 
 
 def patch_tokens(backbone, x):
@@ -624,15 +630,24 @@ def class_attention(backbone, x, layer=-1):
     Raises
     ------
     ValueError
-        If the backbone is no vision transformer with a CLS token, or has no such block.
+        If the backbone is no vision transformer with a CLS token and timm's plain attention, or has
+        no such block.
     """
+    from timm.models.vision_transformer import Attention
+
     _check_vit(backbone, "attention_maps")
-    if not getattr(backbone, "has_class_token", False):
+    if not _has_cls_token(backbone):
         raise ValueError("attention_maps needs a CLS token, which this backbone does not have.")
     n_blocks = len(backbone.blocks)
     if not -n_blocks <= layer < n_blocks:
         raise ValueError(f"layer={layer} must be from {-n_blocks} to {n_blocks - 1}.")
-    attention = backbone.blocks[layer].attn
+    attention = getattr(backbone.blocks[layer], "attn", None)
+    if not isinstance(attention, Attention):
+        raise ValueError(
+            f"attention_maps knows timm's plain attention, but the blocks of this "
+            f"{type(backbone).__name__} have another: take its patch_tokens, or a model of timm's "
+            "VisionTransformer."
+        )
     seen = []
 
     def record(module, inputs):

@@ -208,9 +208,14 @@ class _WithTeacher(Objective):
         super().__init__(network)
         self.teacher = copy.deepcopy(network).requires_grad_(False)
         for module in self.teacher.modules():
-            for name in ("drop_prob", "p"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+            kind = type(module).__name__
+            # By the class too: the `p` of a pooling is an exponent.
+            if "Drop" in kind or kind == "StochasticDepth":
+                for name in ("drop_prob", "p", "prob"):
+                    if isinstance(getattr(module, name, None), float):
+                        setattr(module, name, 0.0)
+            elif isinstance(module, nn.MultiheadAttention):
+                module.dropout = 0.0
         self.momentum, self.slowest, self.constant = momentum, slowest, constant
 
     def decay(self, step):
@@ -367,9 +372,8 @@ class DINOObjective(_WithTeacher):
             list(views) if interpolated is None else [*views[:2], interpolated[0], *views[2:]]
         )
         teachers = views[:2] if interpolated is None else [*views[:2], interpolated[1]]
-        learns = (self.step >= self.frozen_steps).float()
         y = _embed_crops(self.network, students)
-        student = self.network.head(y, learns).unflatten(0, (len(students), n))
+        student = self.network.head(y).unflatten(0, (len(students), n))
         with torch.no_grad():
             features = self.teacher.embed(torch.cat(teachers))
             raw = self.teacher.head(features).unflatten(0, (len(teachers), n))
@@ -408,6 +412,13 @@ class DINOObjective(_WithTeacher):
 
     @torch.no_grad()
     def after_step(self, step):  # noqa: D102
+        if step < self.frozen_steps:
+            # Put back: with gradients of 0 Adam's second moment would be next to nothing by now,
+            # and the first free steps several times too long.
+            ours, first = self.network.head, self.teacher.head
+            ours.prototypes.copy_(first.prototypes)
+            if ours.gain is not None:
+                ours.gain.copy_(first.gain)
         super().after_step(step)
         self.step.fill_(step + 1)
 

@@ -42,7 +42,7 @@ def blending_window(tile, stride, kind="hann"):
     return sides[0][:, None] * sides[1]
 
 
-def predict_strips(images, predict, *, tile, stride, window="hann", batch_size=8):
+def predict_strips(images, predict, *, tile, stride, window="hann", batch_size=8, lattice=1):
     """Predict images of any size by tiles, and give back strips of rows as they are finished.
 
     Only the strip that is being worked on is in memory. Tiles go through the network in batches of
@@ -61,6 +61,9 @@ def predict_strips(images, predict, *, tile, stride, window="hann", batch_size=8
         How tiles blend.
     batch_size : int, default=8
         Tiles of a batch.
+    lattice : int, default=1
+        The last tiles, which end at the border, begin at a multiple of this many pixels, and stick
+        out by what is missing, mirrored.
 
     Yields
     ------
@@ -82,13 +85,14 @@ def predict_strips(images, predict, *, tile, stride, window="hann", batch_size=8
             if number not in strips:
                 for last in list(strips):
                     yield from _numbered(last, strips.pop(last).rest())
-                strips[number] = _Strip(images.size(number), weight)
+                strips[number] = _Strip(images.size(number), weight, lattice)
             yield from _numbered(number, strips[number].add(found, top, left))
         waiting.clear()
 
     for number in range(len(images)):
         pixels, scale = images.read(number), images.pixel_range(number)
-        starts = [tile_starts(*s) for s in zip(images.size(number), tile, stride, strict=True)]
+        sides = [_whole(*s, lattice) for s in zip(images.size(number), tile, strict=True)]
+        starts = [tile_starts(*s) for s in zip(sides, tile, stride, strict=True)]
         for top in starts[0]:
             for left in starts[1]:
                 part = torch.from_numpy(cut(pixels, top, left, tile).copy())
@@ -101,6 +105,11 @@ def predict_strips(images, predict, *, tile, stride, window="hann", batch_size=8
         yield from _numbered(number, strip.rest())
 
 
+def _whole(side, tile, lattice):
+    """Side of an image with what the last tile sticks out by."""
+    return tile + max(0, -(-(side - tile) // lattice) * lattice)
+
+
 def _numbered(number, found):
     return ((number, *part) for part in found)
 
@@ -108,17 +117,17 @@ def _numbered(number, found):
 class _Strip:
     """Weighted sums of the rows of one image that tiles can still reach."""
 
-    def __init__(self, size, weight):
+    def __init__(self, size, weight, lattice):
         self.size, self.weight, self.top = size, weight, 0
+        self.full = _whole(size[1], weight.shape[1], lattice)
         self.sums = self.weights = None
 
     def add(self, found, top, left):
         """Add a tile (K, h, w); yield the rows above it, which are finished."""
         height, width = self.weight.shape
         if self.sums is None:
-            full = max(self.size[1], width)
-            self.sums = torch.zeros(len(found), height, full)
-            self.weights = torch.zeros(height, full)
+            self.sums = torch.zeros(len(found), height, self.full)
+            self.weights = torch.zeros(height, self.full)
         if top > self.top:
             yield from self._finish(top - self.top)
         self.sums[:, :, left : left + width] += found * self.weight

@@ -75,9 +75,10 @@ class DiffusionSegmenter(PretrainedUNet):
         where a training set may lack a class.
     ignore_label : int or None, default=None
         Label of pixels that count nowhere.
-    validation_fraction : float, default=0.1
-        Share of the images, or of the `groups`, by whose Dice the best epoch is chosen. Where it
-        amounts to half of one at most, the last epoch is kept and nothing held out.
+    validation_fraction : float or "auto", default="auto"
+        Share of the images, or of the `groups`, by whose Dice the best epoch is chosen; with 0 the
+        last epoch is kept. "auto" is the paper's tenth, or 0 where that is fewer than three: one
+        image that is held out tells little of an epoch, and is missed where masks are few.
     overlap : float, default=0.25
         Prediction: share of a tile that the next one covers again. Below 0.5 the middle of a tile
         is its own prediction.
@@ -181,7 +182,7 @@ class DiffusionSegmenter(PretrainedUNet):
         augment=True,
         classes=None,
         ignore_label=None,
-        validation_fraction=0.1,
+        validation_fraction="auto",
         overlap=0.25,
         window="hann",
         image_shape=None,

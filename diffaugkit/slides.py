@@ -22,6 +22,8 @@ __all__ = ["Slide", "open_slide", "read_box", "thumbnail"]
 
 # Formats that tiffslide and openslide do not know, and that Pillow decodes as a whole.
 _PICTURES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".gif")
+# Pillow's names of what becomes RGB.
+_MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr")
 # The packages that read whole-slide files, the preferred one first, and their classes.
 _READERS = {"tiffslide": "TiffSlide", "openslide": "OpenSlide"}
 # Decoded pictures that a process keeps, in bytes.
@@ -130,7 +132,7 @@ class PictureSlide(Slide):
     def __init__(self, path):
         self._path = os.fspath(path)
         with _pillow().open(path) as image:
-            _check_form(image.mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr"), f"mode {image.mode}")
+            _check_form(image.mode in _MODES, f"mode {image.mode}")
             self.levels = [(image.height, image.width)]
 
     def read(self, level, top, left, height, width):
@@ -142,7 +144,7 @@ class PictureSlide(Slide):
         key = self._path, Path(self._path).stat().st_mtime_ns
         if key not in kept:
             with _pillow().open(self._path) as image:
-                pixels = np.asarray(image.convert("RGB"))
+                pixels = _rgb(image)
             if pixels.shape[:2] != self.levels[0]:
                 raise ValueError("the file has changed since it was opened")
             while kept and pixels.nbytes + sum(one.nbytes for one in kept.values()) > _KEPT_BYTES:
@@ -230,8 +232,8 @@ def open_slide(slide):
     if isinstance(slide, str | os.PathLike):
         return _open_path(Path(slide))
     if hasattr(slide, "getbands"):
-        _check_form(slide.mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr"), f"mode {slide.mode}")
-        return ArraySlide(np.asarray(slide.convert("RGB")))
+        _check_form(slide.mode in _MODES, f"mode {slide.mode}")
+        return ArraySlide(_rgb(slide))
     array = slide if isinstance(slide, np.ndarray) else np.asarray(slide)
     _check_form(array.ndim == 3 and array.shape[2] == 3, f"shape {array.shape}")
     _check_form(array.dtype == np.uint8, f"{array.dtype} pixels")
@@ -321,6 +323,16 @@ def thumbnail(slide, longest=2048):
     return out
 
 
+def _rgb(image):
+    """Pixels (h, w, 3) of a PIL image; what is transparent shows as glass."""
+    if image.mode != "RGBA" and "transparency" not in image.info:
+        return np.asarray(image.convert("RGB"))
+    image = image.convert("RGBA")
+    glass = _pillow().new("RGB", image.size, "white")
+    glass.paste(image, mask=image)
+    return np.asarray(glass)
+
+
 def _check_form(right, found):
     if not right:
         raise ValueError(
@@ -375,6 +387,9 @@ def _mapped_tiff(path):
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages[0]
+            _check_form(page.dtype == np.uint8, f"{page.dtype} pixels")
+            if page.photometric == 5:
+                return PictureSlide(path)  # CMYK, whose black the readers take for alpha
             # RGB, row by row: what has alpha or planes is read by Pillow.
             if not page.is_memmappable or page.shape[2:] != (3,) or page.photometric != 2:
                 return None
@@ -384,6 +399,6 @@ def _mapped_tiff(path):
     except tifffile.TiffFileError as error:
         raise ValueError(f"it is no TIFF ({error})") from error
     # Centimetres are what scanners write; inches are the 72 or 96 dots of screens.
-    if unit is not None and unit.value == 3 and all(tags):
+    if unit is not None and unit.value == 3 and all(tag and tag.value[0] for tag in tags):
         slide.mpp = tuple(1e4 * tag.value[1] / tag.value[0] for tag in tags)
     return slide

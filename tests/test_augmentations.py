@@ -344,6 +344,24 @@ def test_recipes():
         image_recipe({"flop": 1}, 3)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blur": 0.5}, "blur=0.5 must be three numbers"),
+        ({"blur": (1, 0)}, r"blur=\(1, 0\) must be three numbers"),
+        ({"scale": 0.5}, "scale=0.5 must be two numbers, the smaller first"),
+        ({"scale": (0.9, 0.2)}, "scale=.* must be two numbers, the smaller first"),
+        ({"brightness": -1}, "brightness=-1 must be a number of at least 0"),
+        ({"flip": "often"}, "flip='often' must be a number"),
+    ],
+)
+def test_values_of_a_recipe_are_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        image_recipe(changes, 3)
+    given = {"scale": np.array([0.2, 1.0]), "hue": np.float32(0.2), "quarter_turns": True}
+    assert image_recipe(given, 3).hue == np.float32(0.2)
+
+
 def test_a_function_can_make_the_views():
     x = pictures()
     with isolated_rng(0):

@@ -333,6 +333,17 @@ def test_labels_that_are_none_were_not_given():
         box_average_precision([box], [{**box, "scores": None}])
 
 
+def test_words_and_numbers_as_labels_are_never_the_same():
+    box = {"boxes": [[0, 0, 1, 1]], "scores": [0.5]}
+    for score in (box_average_precision, mean_box_iou):
+        for labels in ([1], None):
+            with pytest.raises(ValueError, match="words and numbers as labels, '1', 1"):
+                score([{**box, "labels": ["1"]}], [{**box, "labels": labels}])
+        assert score([{**box, "labels": np.array([1], object)}], [{**box, "labels": [1.0]}]) == 1
+    with pytest.raises(ValueError, match="The boxes have words and numbers as labels, 'a', 1"):
+        check_boxes([{**box, "labels": ["a"]}, {**box, "labels": [1]}])
+
+
 def test_bad_options_of_scores():
     box = {"boxes": [[0, 0, 1, 1]], "scores": [0.5]}
     with pytest.raises(ValueError, match="iou_threshold"):
@@ -487,6 +498,25 @@ def test_whole_images_are_put_together_from_tiles(learned):
     assert found["boxes"].dtype == found["scores"].dtype == np.float32
     # The second of the two tiles of a row begins a column later than the distance of tiles.
     assert learned.predict(X[:, :16, :17])[0]["boxes"].shape[1] == 4
+
+
+def test_places_of_all_tiles_coincide(learned):
+    X = np.zeros((1, 51, 53, 3), np.uint8)
+    X[..., 0], X[..., 1] = np.arange(53), np.arange(51)[:, None]
+    corners = []
+    hook = learned.module_.register_forward_pre_hook(
+        lambda module, inputs: corners.append(inputs[0][:, :2, 0, 0].float().cpu())
+    )
+    try:
+        learned.predict(X)
+    finally:
+        hook.remove()
+    corners = ((torch.cat(corners) + 1) * 127.5).round().numpy()
+    assert corners.max(axis=0).tolist() == [38, 36]  # one pixel beyond the border, mirrored
+    assert (corners % learned.head_stride_ == 0).all()
+    # A tile that holds less than one place ends at the border.
+    model = tiny(head_stride=16, patch_size=8, stride=8, diffusion=None).fit(X, [[[4, 4, 9, 9]]])
+    assert len(model.predict(X)) == 1
 
 
 def test_an_image_without_objects():

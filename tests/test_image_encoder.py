@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from timm.layers import DropPath
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 import diffaugkit
 from diffaugkit import SelfSupervisedEncoder, encoder_fits
@@ -223,6 +226,16 @@ def test_wrong_parameters_are_named(X, options, message):
     with pytest.raises(ValueError, match=message):
         encoder.fit(images)
     assert not hasattr(encoder, "module_")
+
+
+def test_local_crops_that_a_backbone_cannot_take_are_named_before_the_fit():
+    X = np.zeros((12, 16, 16, 1), dtype=np.uint8)
+    with isolated_rng(0):
+        fixed = nn.Sequential(nn.Flatten(), nn.Linear(256, 8))
+    with pytest.raises(ValueError, match=r"\(1, 1, 8, 8\).* local crops: set n_local_crops=0"):
+        tiny(backbone=fixed).fit(X)
+    tiny(backbone=fixed, n_local_crops=0).fit(X)
+    tiny("simclr", backbone=fixed).fit(X)
 
 
 def test_pretrained_weights_are_where_a_fit_begins(X, tmp_path):
@@ -555,13 +568,25 @@ def test_center_moves_after_the_loss_by_the_raw_logits():
 
 
 def test_prototypes_are_frozen_at_first():
-    objective = dino(frozen_steps=2)
-    for step, frozen in ((0, True), (1, True), (2, False)):
-        objective.zero_grad()
+    objective, n_steps = dino(frozen_steps=300), 340
+    objective.n_steps = n_steps
+    network, rate = objective.network, 1e-4
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate)
+    before = [network.head.prototypes.detach().clone()]
+    hidden = network.head.mlp[0].weight.detach().clone()
+    for step in range(n_steps):
+        optimizer.zero_grad()
         objective.loss([vectors(), vectors(seed=1)])["loss"].backward()
-        assert objective.network.head.prototypes.grad.any() == (not frozen)
-        assert objective.network.head.mlp[0].weight.grad.any()
+        optimizer.step()
         objective.after_step(step)
+        before.append(network.head.prototypes.detach().clone())
+        if step == 0:
+            assert not torch.equal(network.head.mlp[0].weight, hidden)
+    moves = torch.stack([(a - b).abs().mean() for a, b in pairwise(before)])
+    assert not moves[:300].any()
+    # The free steps are as long as Adam's are, not several times as long.
+    assert moves[300:].min() > 0
+    assert moves[300:].max() < 1.5 * rate
 
 
 def test_temperature_of_the_teacher_warms_up():
@@ -594,6 +619,31 @@ def test_dropout_is_the_students_only():
         objective = BYOLObjective(network, 256, 8)
     assert objective.network.head[0].p == 0.5
     assert objective.teacher.head[0].p == 0.0
+
+
+class PowerMean(nn.Module):
+    """Generalised mean, whose exponent has the name of Dropout's probability."""
+
+    def __init__(self, p=3.0):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return x.clamp(min=1e-6).pow(self.p).mean((2, 3)).pow(1 / self.p)
+
+
+def test_only_what_drops_is_switched_off_in_the_teacher():
+    drops = [nn.Dropout2d(0.5), StochasticDepth(0.5, "row"), DropPath(0.5), PowerMean()]
+    with isolated_rng(0):
+        network = nn.Sequential(*drops, nn.MultiheadAttention(8, 2, dropout=0.5))
+        teacher = BYOLObjective(network, 16, 8).teacher
+        backbone = nn.Sequential(nn.Conv2d(1, 8, 3), PowerMean())
+    assert [teacher[0].p, teacher[1].p, teacher[2].drop_prob, teacher[4].dropout] == [0.0] * 4
+    assert teacher[3].p == 3.0
+    options = {"max_epochs": 1, "n_local_crops": 0, "out_dim": 16, "random_state": 0}
+    X = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    encoder = SelfSupervisedEncoder("dino", backbone, **options).fit(X)
+    assert np.isfinite(encoder.transform(X)).all()
 
 
 def test_spread():

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -631,3 +632,28 @@ def test_retrieval_does_not_depend_on_the_order_of_equal_rows(average, dtype):
         y, order = rng.integers(0, 2, 20), rng.permutation(20)
         whole = retrieval_map(X, y, average=average)
         assert retrieval_map(X[order], y[order], average=average) == pytest.approx(whole, abs=1e-12)
+
+
+@pytest.mark.parametrize("average", ["macro", "micro"])
+def test_cosines_that_are_close_are_no_ties(average):
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 5, 3000)
+    X = normal(1, 16) + 0.01 * (normal(5, 16, seed=1)[y] + normal(3000, 16, seed=2))
+    X = X.astype(np.float32)
+    scores = cosine(X[:20].astype(np.float64), X[20:].astype(np.float64))
+    wanted = y[:20, None] == y[20:]
+    known = average_precision_score(wanted.ravel(), scores.ravel())
+    if average == "macro":
+        rows = zip(wanted, scores, strict=True)
+        known = np.mean([average_precision_score(*row) for row in rows])
+    found = retrieval_map(X[20:], y[20:], X[:20], y[:20], average=average)
+    assert found == pytest.approx(known, abs=1e-6)
+
+
+@pytest.mark.parametrize("score", [weighted_knn_accuracy, retrieval_map, linear_probe])
+def test_columns_of_tables_go_by_name(digits, score):
+    X, y, X_test, y_test = digits
+    names = [f"pixel {i}" for i in range(64)]
+    X, X_test = (pd.DataFrame(part, columns=names) for part in (X, X_test))
+    more = {"max_epochs": 1} if score is linear_probe else {}
+    assert score(X, y, X_test[names[::-1]], y_test, **more) == score(X, y, X_test, y_test, **more)

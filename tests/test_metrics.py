@@ -120,6 +120,25 @@ def test_linear_scores_need_a_straight_border_and_standardise():
     assert knn_accuracy(X, ring) > 0.85
 
 
+def test_columns_of_tables_go_by_name():
+    rng = np.random.default_rng(0)
+    real = pd.DataFrame(rng.normal(size=(60, 4)) * [1, 2, 3, 9], columns=list("abcd"))
+    y = (real["a"] > 0).astype(int)
+    moved = real[list("dbca")] + 0.01
+    assert label_consistency(moved, y, real, y, 1) > 0.95
+    assert frechet_distance(moved, real) == pytest.approx(4e-4, rel=1e-3)
+
+
+def test_neighbours_of_data_far_from_zero():
+    X = np.random.default_rng(0).normal(size=(300, 30))
+    y = (X[:, 0] > 0).astype(int)
+    for offset in (1e8, -3e8):
+        assert knn_accuracy(X + offset, y) == pytest.approx(knn_accuracy(X, y), abs=0.01)
+        far = label_consistency(X[:100] + offset, y[:100], X[100:] + offset, y[100:])
+        near = label_consistency(X[:100], y[:100], X[100:], y[100:])
+        assert far == pytest.approx(near, abs=0.02)
+
+
 def test_knn_accuracy_takes_a_splitter():
     X = [[0.0], [0.1], [0.2], [5.0], [5.1], [5.2]]
     assert knn_accuracy(X, [0, 0, 0, 1, 1, 1], n_neighbors=1, cv=LeaveOneOut()) == 1.0

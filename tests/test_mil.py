@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_score
 from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
 
-from diffaugkit import load
+from diffaugkit import load, mil
 from diffaugkit.mil import AttentionMILClassifier, BagNetwork
 from diffaugkit.runtime import isolated_rng
 
@@ -275,6 +275,24 @@ def test_padding_does_not_matter():
         torch.testing.assert_close(one, two)
 
 
+def test_training_pads_to_the_batch_only(monkeypatch):
+    lengths = []
+
+    class Spy(BagNetwork):
+        def forward(self, bags, inside):
+            lengths.append((bags.shape[1], int(inside.sum(dim=1).max())))
+            return super().forward(bags, inside)
+
+    monkeypatch.setattr(mil, "BagNetwork", Spy)
+    bags = [np.random.default_rng(n).normal(size=(n, 3)) for n in (1, 2, 3, 5, 400)]
+    model = tiny(batch_size=2, max_epochs=1, device="cpu").fit(bags, [0, 1, 0, 1, 0])
+    assert len(lengths) == 2
+    assert all(padded == longest for padded, longest in lengths)
+    lengths.clear()
+    model.set_params(max_instances=4).fit(bags, [0, 1, 0, 1, 0])
+    assert all(padded == longest <= 4 for padded, longest in lengths)
+
+
 def test_class_weights(data):
     bags, y = data
     plain = tiny().fit(bags, y).predict_proba(bags)
@@ -310,6 +328,12 @@ def test_bad_input(data, change, message):
     X, y, groups = change(*data)
     with pytest.raises(ValueError, match=message):
         tiny().fit(X, y, groups=groups)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (-8,), (8.0,), ("8",)])
+def test_bad_layers(data, sizes):
+    with pytest.raises(ValueError, match=r"hidden_sizes=.* must hold integers of at least 1"):
+        tiny(hidden_sizes=sizes).fit(*data)
 
 
 @parametrize_with_checks([tiny(max_epochs=12, learning_rate=3e-2, batch_size=32)])

@@ -1,6 +1,7 @@
 """Scores of masks against scikit-learn, scikit-image, torchmetrics and slow oracles."""
 
 import itertools
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 from scipy.spatial.distance import cdist
 from skimage.measure import label
 from skimage.metrics import hausdorff_distance as skimage_hausdorff
@@ -37,6 +39,7 @@ from diffaugkit.metrics import (
     specificity,
     specificity_scorer,
 )
+from diffaugkit.metrics import segmentation as module
 
 PAIRS = st.tuples(*[arrays(np.int64, (5, 6), elements=st.integers(0, 3))] * 2)
 MASKS = st.tuples(*[arrays(bool, (6, 5))] * 2)
@@ -423,6 +426,38 @@ def test_panoptic_quality_is_that_of_torchmetrics():
         np.testing.assert_allclose(ours, theirs.reshape(-1, 3)[0].numpy(), rtol=1e-6)
 
 
+def test_many_objects_cost_no_table_of_all_pairs():
+    side = 60
+    true = np.arange(1, side**2 + 1).reshape(side, side).repeat(3, axis=0).repeat(3, axis=1)
+    true[::3] = true[:, ::3] = 0
+    found = np.roll(true, 1, axis=1)
+    tracemalloc.start()
+    try:
+        assert object_aji(true, found) == pytest.approx(1 / 3)
+        assert object_f1(true, found, iou_threshold=0.2) == 1
+        assert panoptic_quality(true, found, iou_threshold=0.2) == pytest.approx(1 / 3)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * side**4 / 4  # a quarter of one such table
+
+
+def test_many_labels_are_looked_for_where_they_lie(monkeypatch):
+    pixels = []
+
+    def spy(mask, structure=None):
+        pixels.append(mask.size)
+        return label_pixels(mask, structure)
+
+    label_pixels = module.label
+    monkeypatch.setattr(module, "label", spy)
+    mask = np.arange(100).reshape(10, 10).repeat(4, axis=0).repeat(4, axis=1)
+    mask[1::4, 1::4] = 200  # what all pieces share lies everywhere
+    found = label_instances(mask)
+    assert found.max() == len(np.unique(label(mask, connectivity=2))) - 1
+    assert sum(pixels) < 3 * mask.size
+
+
 # ---- two sets of points --------------------------------------------------------------------------
 
 
@@ -488,6 +523,16 @@ def test_images_are_scored_one_by_one(score):
         score(true, predicted[:3])
     with pytest.raises(ValueError, match=r"must be of shape \(h, w\)"):
         score(true[0, 0], predicted[0, 0])
+
+
+@pytest.mark.parametrize(
+    "score", [dice_score, sensitivity, *ONE_IMAGE, *POINTS], ids=lambda score: score.__name__
+)
+def test_pictures_of_several_sizes(score):
+    true, predicted = random_masks().astype(np.uint8)
+    true, predicted = ([y[0], y[1][:5, :9]] for y in (true, predicted))
+    pictures = ([Image.fromarray(mask) for mask in y] for y in (true, predicted))
+    assert score(*pictures) == score(true, predicted)
 
 
 def test_wrong_arguments_are_refused():

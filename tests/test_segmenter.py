@@ -79,7 +79,7 @@ def test_it_learns(denoiser):
     assert model.score(X[12:], masks[12:]) > 0.9
     phases = model.history_["phase"].tolist()
     assert phases == ["pretraining"] + ["finetuning"] * 12
-    assert {"ss", "focal", "validation_dice"} <= set(model.history_)
+    assert {"ss", "focal"} <= set(model.history_)
     assert model.n_iter_ == 13
 
 
@@ -180,6 +180,15 @@ def test_groups_are_held_out_together(data):
     assert "validation_dice" not in tiny(validation_fraction=0.0).fit(X, masks).history_
     with pytest.raises(ValueError, match="groups"):
         model.fit(X, masks, groups=groups[:3])
+
+
+@pytest.mark.parametrize(("n", "n_held"), [(8, 0), (25, 0), (26, 3), (85, 8)])
+def test_few_images_all_serve_to_learn(n, n_held):
+    train, held = tiny()._split(n, None, 0)
+    assert len(train) == n - n_held
+    assert (0 if held is None else len(held)) == n_held
+    patients = np.arange(n) // 2
+    assert tiny()._split(n, patients, 0)[1] is None or n == 85
 
 
 def test_the_best_epoch_is_kept(data):

@@ -521,6 +521,44 @@ def test_what_the_scanner_left_out_is_glass(tmp_path, monkeypatch):
     assert (everything.read(1) == PINK).all()
 
 
+@pytest.mark.parametrize("kind", ["png", "palette", "tRNS", "memory"])
+def test_what_is_transparent_in_a_picture_is_glass(kind, tmp_path):
+    pixels = np.full((32, 64, 4), (*PINK, 255), np.uint8)
+    pixels[:, :32, 3] = 0  # what was cut out keeps its colour below
+    image, path = Image.fromarray(pixels), tmp_path / "s.png"
+    if kind == "palette":
+        pixels = np.repeat([[0, 1]], 32, axis=1).repeat(32, axis=0).astype(np.uint8)
+        image = Image.fromarray(pixels, mode=None).convert("P")
+        image.putpalette([*PINK, *PINK])
+        image.save(path, transparency=0)
+    elif kind == "tRNS":
+        pixels[:, :32] = (*PURPLE, 0)
+        Image.fromarray(pixels[..., :3]).save(path, transparency=PURPLE)
+    else:
+        image.save(path)
+    tiles = TissueTiles([image if kind == "memory" else path], 32, min_tissue=0)
+    assert (tiles.read(0) == 255).all()
+    assert (tiles.read(1) == PINK).all()
+    assert TissueTiles([image if kind == "memory" else path], 32).table["column"].tolist() == [32]
+
+
+def test_tiff_of_other_inks_depths_and_resolutions(tmp_path):
+    image = painted()
+    path = tmp_path / "s.tif"
+    inks = Image.fromarray(image).convert("CMYK")
+    inks.save(path)
+    tiles = TissueTiles([path], 64)
+    np.testing.assert_array_equal(
+        np.stack(cut(np.asarray(inks.convert("RGB")), tiles))[0], tiles.read(0)
+    )
+    tifffile.imwrite(path, image.astype(np.uint16), photometric="rgb", tile=(64, 64))
+    with pytest.raises(ValueError, match="Slide s cannot be read: it has uint16 pixels"):
+        TissueTiles([path], 64)
+    # A writer that knows no resolution may say 0.
+    tifffile.imwrite(path, image, photometric="rgb", resolution=(0, 0), resolutionunit=3)
+    assert open_slide(path).mpp is None
+
+
 def test_without_a_reader(tmp_path, monkeypatch):
     image = painted(520, 776, (128, 384, 256, 640))
     for package in readers._READERS:

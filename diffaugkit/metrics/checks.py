@@ -29,9 +29,16 @@ def check_matrix(X, name, min_samples=1):
     )
 
 
+def in_columns_of(X, reference):
+    """Return a table with its columns in the order of another of the same names, else as it is."""
+    own, known = (list(getattr(table, "columns", ())) for table in (X, reference))
+    same = len(own) == len(known) == len(set(own)) and set(own) == set(known)
+    return X[known] if same and own != known else X
+
+
 def check_pair(generated, real, min_samples=1):
     """Return (generated, real) as matrices of one width and one dtype."""
-    generated = check_matrix(generated, "generated", min_samples)
+    generated = check_matrix(in_columns_of(generated, real), "generated", min_samples)
     real = check_matrix(real, "real", min_samples)
     if generated.shape[1] != real.shape[1]:
         raise ValueError(
@@ -88,6 +95,12 @@ def stratified_folds(codes, cv, random_state):
             "lower cv."
         )
     return StratifiedKFold(cv, shuffle=True, random_state=random_state)
+
+
+def about_center(points, by):
+    """Return both moved to the mean of `by`: distances lose the digits that an offset has."""
+    center = by.mean(axis=0, dtype=np.float64)
+    return (points - center).astype(points.dtype), (by - center).astype(by.dtype)
 
 
 def unit_rows(X):

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import average_precision_score
 
-from diffaugkit.arrays import to_numpy
+from diffaugkit.arrays import some, to_numpy
 
 _RECALLS = np.linspace(0, 1, 101)
 
@@ -61,7 +61,8 @@ def box_average_precision(
     Raises
     ------
     ValueError
-        For lists of different length, or arrays that are no boxes; the message names the image.
+        For lists of different length, arrays that are no boxes (the message names the image), and
+        strings beside numbers as labels.
 
     Notes
     -----
@@ -137,7 +138,7 @@ def mean_box_iou(
     Raises
     ------
     ValueError
-        For lists of different length, or arrays that are no boxes; the message names the image.
+        As for :func:`box_average_precision`.
 
     References
     ----------
@@ -186,7 +187,7 @@ def check_boxes(y: Sequence, name: str = "boxes", scored: bool = False) -> list[
     ------
     ValueError
         For anything else, for boxes whose maxima do not exceed their minima, and if the boxes of
-        some images have labels and those of others have none.
+        some images have labels and those of others have none, or words here and numbers there.
     """
     if isinstance(y, dict | str) or not hasattr(y, "__len__"):
         raise ValueError(f"{name} must be a list with the boxes of each image, one entry each.")
@@ -205,7 +206,18 @@ def check_boxes(y: Sequence, name: str = "boxes", scored: bool = False) -> list[
             f"The {name} of image {first} have no labels, but those of others have: give the class "
             "of each box in all images, or in none."
         )
+    _refuse_mixed(found, f"The {name}")
     return found
+
+
+def _refuse_mixed(images, name):
+    """Refuse words beside numbers as labels, which are never the same."""
+    labels = [image["labels"].tolist()[0] for image in images if len(image["labels"])]
+    if len({isinstance(label, str) for label in labels}) > 1:
+        raise ValueError(
+            f"{name} have words and numbers as labels, {some(sorted(set(map(repr, labels))))}: "
+            "give one form. Boxes without labels have the label 1."
+        )
 
 
 def _check_image(image, name, scored):
@@ -253,6 +265,7 @@ def _pair(y_true, y_pred, scored=True):
     true, found = check_boxes(y_true, "y_true"), check_boxes(y_pred, "y_pred", scored)
     if len(true) != len(found):
         raise ValueError(f"y_true has {len(true)} images, but y_pred has {len(found)}.")
+    _refuse_mixed(true + found, "y_true and y_pred")
     return true, found
 
 

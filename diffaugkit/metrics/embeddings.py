@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from diffaugkit.metrics.checks import (
+    about_center,
     check_labels,
     check_matrix,
     check_neighbors,
@@ -105,6 +106,7 @@ def knn_accuracy(
     0.96
     """
     X = check_matrix(X, "X")
+    X = about_center(X, X)[0]
     check_neighbors(n_neighbors)
     if isinstance(cv, Integral) and cv >= 2 and len(X) - -(-len(X) // cv) < n_neighbors:
         raise ValueError(
@@ -289,7 +291,8 @@ def label_consistency(
             "the same coding."
         )
     check_neighbors(n_neighbors, len(real))
-    votes = KNeighborsClassifier(n_neighbors).fit(real, real_codes).predict(generated)
+    points, by = about_center(generated, real)
+    votes = KNeighborsClassifier(n_neighbors).fit(by, real_codes).predict(points)
     return float(np.mean(classes[votes] == names[codes]))
 
 

@@ -23,13 +23,14 @@ from diffaugkit.metrics.checks import (
     check_labels,
     check_matrix,
     check_neighbors,
+    in_columns_of,
     unit_rows,
 )
 
 # Similarities that are held at once; some ten arrays of this size, most of 8 bytes, come with them.
 _BLOCK = 2_000_000
-# Cosines nearer than this are one, by the bytes of a number.
-_ROUNDING = {8: 1e-12, 4: 5e-7}
+# Cosines nearer than this are one.
+_ROUNDING = 1e-12
 
 
 class WeightedKNNClassifier(ClassifierMixin, BaseEstimator):
@@ -198,9 +199,9 @@ def weighted_knn_accuracy(
     for each in all_k:
         check_neighbors(each)
     model = WeightedKNNClassifier(max(all_k), temperature)
+    features_test = check_matrix(in_columns_of(features_test, features), "features_test")
     features = check_matrix(features, "features")
     model.fit(features, _labels(y, "y", len(features)))
-    features_test = check_matrix(features_test, "features_test")
     y_test = _labels(y_test, "y_test", len(features_test))
     check_known(y_test, model.classes_)
     votes = model._votes(features_test, all_k)
@@ -265,9 +266,13 @@ def retrieval_map(
     """
     if average not in ("macro", "micro", None):
         raise ValueError(f"average must be 'macro', 'micro' or None, got {average!r}.")
-    database = unit_rows(check_matrix(features, "features"))
+    # In double precision: cosines of one embedding are close, and rounding must not make them ties.
+    database = unit_rows(check_matrix(features, "features").astype(np.float64))
     own = query_features is None
-    queries = database if own else unit_rows(check_matrix(query_features, "query_features"))
+    queries = database
+    if not own:
+        queries = check_matrix(in_columns_of(query_features, features), "query_features")
+        queries = unit_rows(queries.astype(np.float64))
     if queries.shape[1] != database.shape[1]:
         raise ValueError(
             f"query_features has {queries.shape[1]} features, but features has "
@@ -287,8 +292,7 @@ def retrieval_map(
     if average == "micro":
         wanted, similarity = (np.concatenate(part) for part in zip(*pooled, strict=True))
         if wanted.any():
-            similarity = np.round(similarity, 12 if similarity.dtype.itemsize == 8 else 6)
-            return float(average_precision_score(wanted, similarity))
+            return float(average_precision_score(wanted, np.round(similarity, 12)))
     elif average is None:
         return values
     elif not np.isnan(values).all():
@@ -357,7 +361,7 @@ def _average_precision(wanted, similarity):
     last = np.ones(hit.shape, dtype=bool)
     # Products of equal rows may differ by rounding, with their places.
     with np.errstate(invalid="ignore"):  # those left out, -inf, are no rank
-        last[:, :-1] = ranked[:, :-1] - ranked[:, 1:] > _ROUNDING[ranked.dtype.itemsize]
+        last[:, :-1] = ranked[:, :-1] - ranked[:, 1:] > _ROUNDING
     end = np.where(last, rank - 1, hit.shape[1])
     end = np.minimum.accumulate(end[:, ::-1], axis=1)[:, ::-1]
     total = hit.sum(axis=1)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state, gen_batches
 
-from diffaugkit.metrics.checks import check_known, check_labels, check_matrix
+from diffaugkit.metrics.checks import check_known, check_labels, check_matrix, in_columns_of
 
 
 def linear_probe(
@@ -144,8 +144,9 @@ def _layers(features, features_test):
     layers = {}
     for name, X in features.items():
         own = "features" if name is None else f"features[{name!r}]"
+        X_test = in_columns_of(features_test[name], X)
+        X_test = check_matrix(X_test, own.replace("features", "features_test", 1))
         X = check_matrix(X, own)
-        X_test = check_matrix(features_test[name], own.replace("features", "features_test", 1))
         if X.shape[1] != X_test.shape[1]:
             raise ValueError(
                 f"{own} has {X.shape[1]} features, but its test part has {X_test.shape[1]}."

@@ -23,8 +23,10 @@ from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.ndimage import binary_erosion, distance_transform_edt, label
+from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects, label
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import directed_hausdorff
 from sklearn.metrics import make_scorer, multilabel_confusion_matrix
 
@@ -414,9 +416,14 @@ def label_instances(
     found = []
     for image in images:
         objects, n = np.zeros(image.shape, np.int32), 0
-        for value in np.unique(image[image != 0]):
-            regions, n_regions = label(image == value, structure)
-            objects += np.where(regions > 0, regions + n, 0).astype(np.int32)
+        values, codes = np.unique(image, return_inverse=True)
+        codes = codes.reshape(image.shape) + 1
+        # Each label where it lies: many labels are no work on the whole image each.
+        for code, place in enumerate(find_objects(codes), start=1):
+            if values[code - 1] == 0:
+                continue
+            regions, n_regions = label(codes[place] == code, structure)
+            objects[place] += np.where(regions > 0, regions + n, 0).astype(np.int32)
             n += n_regions
         kept = np.bincount(objects.ravel(), minlength=n + 1) >= max(1, min_size)
         kept[0] = False
@@ -468,19 +475,17 @@ def object_aji(y_true: ArrayLike, y_pred: ArrayLike, *, average: bool = True) ->
     (0.4, 0.5)
     """
 
-    def score(overlap, true, predicted):
-        if not overlap.size:
-            union = true.sum() + predicted.sum()
-            return 0.0 if union else 1.0
-        iou = _iou(overlap, true, predicted)
-        best = iou.argmax(axis=1)
-        rows = np.arange(len(true))
-        shared = overlap[rows, best]
-        # A true object that meets none is joined with none: its own pixels are the union.
-        joined = shared > 0
-        union = true.sum() + (predicted[best] - shared)[joined].sum()
-        left = np.setdiff1d(np.arange(len(predicted)), best[joined])
-        return shared.sum() / (union + predicted[left].sum())
+    def score(pairs, true, predicted):
+        if not len(true) + len(predicted):
+            return 1.0
+        # Of each true object the pair of the largest IoU, of equal ones the first. One that meets
+        # none is joined with none: its own pixels are the union.
+        pairs = pairs[np.lexsort((pairs["predicted"], -pairs["iou"], pairs["true"]))]
+        pairs = pairs[np.unique(pairs["true"], return_index=True)[1]]
+        shared = pairs["shared"].sum()
+        union = true.sum() + predicted[pairs["predicted"]].sum() - shared
+        left = np.setdiff1d(np.arange(len(predicted)), pairs["predicted"])
+        return shared / (union + predicted[left].sum())
 
     return _over_objects(score, y_true, y_pred, average)
 
@@ -515,8 +520,8 @@ def object_f1(
     """
     _check_threshold(iou_threshold)
 
-    def score(overlap, true, predicted):
-        n_pairs = len(_pairs_above(overlap, true, predicted, iou_threshold))
+    def score(pairs, true, predicted):
+        n_pairs = len(_matched_iou(pairs, iou_threshold))
         n = len(true) + len(predicted)
         return 2 * n_pairs / n if n else 1.0
 
@@ -561,10 +566,10 @@ def panoptic_quality(
     """
     _check_threshold(iou_threshold)
 
-    def score(overlap, true, predicted):
+    def score(pairs, true, predicted):
         if not len(true) + len(predicted):
             return 1.0, 1.0, 1.0
-        iou = _pairs_above(overlap, true, predicted, iou_threshold)
+        iou = _matched_iou(pairs, iou_threshold)
         segmentation = iou.mean() if len(iou) else 0.0
         recognition = 2 * len(iou) / (len(true) + len(predicted))
         return segmentation * recognition, segmentation, recognition
@@ -745,12 +750,20 @@ def _mask(y, name):
     return y
 
 
+def _arrays(y):
+    """Return tensors and lists of PIL images, which may differ in size, as arrays."""
+    y = to_numpy(y)
+    if isinstance(y, list | tuple) and any(hasattr(mask, "getbands") for mask in y):
+        return [np.asarray(to_numpy(mask)) for mask in y]
+    return y
+
+
 def _aligned(y_true, y_pred):
     """Return both as arrays of one shape, and None.
 
     Lists of masks of several sizes become rows of all pixels, and where to split these.
     """
-    both = [to_numpy(y) for y in (y_true, y_pred)]
+    both = [_arrays(y) for y in (y_true, y_pred)]
     if any(
         isinstance(y, list | tuple) and len({getattr(mask, "shape", ()) for mask in y}) > 1
         for y in both
@@ -857,7 +870,7 @@ def _confusion(y_true, y_pred, labels, ignore_label):
 
 def _images(y, name):
     """List of masks (h, w), and what puts such a list into the form that was given."""
-    y = to_numpy(y)
+    y = _arrays(y)
     if isinstance(y, list | tuple) and y and all(getattr(mask, "ndim", 0) == 2 for mask in y):
         return [_mask(mask, name) for mask in y], list
     y = _mask(y, name)
@@ -925,11 +938,29 @@ def _over_objects(score, y_true, y_pred, average):
     for name, masks in zip(("y_true", "y_pred"), zip(*pairs, strict=True), strict=True):
         check_objects(masks, name, stacklevel=4)
     for true, predicted in pairs:
-        t_labels, p_labels, table = _overlaps(true, predicted)
-        t, p = t_labels != 0, p_labels != 0
-        values.append(score(table[t][:, p], table.sum(axis=1)[t], table.sum(axis=0)[p]))
+        values.append(score(*_touching(true, predicted)))
     values = np.array(values, dtype=float)
     return float(values.mean()) if average else values
+
+
+def _touching(true, predicted):
+    """Pairs of objects that share pixels, and the sizes of all: no table of all by all."""
+    (t_labels, t, t_sizes), (p_labels, p, p_sizes) = (
+        np.unique(mask, return_inverse=True, return_counts=True) for mask in (true, predicted)
+    )
+    inside = (true != 0).ravel() & (predicted != 0).ravel()
+    # Numbers of the objects, from 0 without the background.
+    t = np.cumsum(t_labels != 0)[t.ravel()[inside]] - 1
+    p = np.cumsum(p_labels != 0)[p.ravel()[inside]] - 1
+    t_sizes, p_sizes = t_sizes[t_labels != 0], p_sizes[p_labels != 0]
+    found, shared = np.unique(t * len(p_sizes) + p, return_counts=True)
+    pairs = np.zeros(
+        len(found), [("true", int), ("predicted", int), ("shared", int), ("iou", float)]
+    )
+    pairs["true"], pairs["predicted"] = np.divmod(found, max(1, len(p_sizes)))
+    pairs["shared"] = shared
+    pairs["iou"] = shared / (t_sizes[pairs["true"]] + p_sizes[pairs["predicted"]] - shared)
+    return pairs, t_sizes, p_sizes
 
 
 def check_objects(masks, name, *, stacklevel=3):
@@ -966,10 +997,24 @@ def _check_threshold(iou_threshold):
         raise ValueError(f"iou_threshold must be in [0, 1), got {iou_threshold!r}.")
 
 
-def _pairs_above(overlap, true, predicted, threshold):
+def _matched_iou(pairs, threshold):
     """IoU of the pairs above the threshold: as many as there can be, and the best of these."""
-    iou = _iou(overlap, true, predicted)
-    # Up to n pairs: what all their IoU can add stays below what one more pair does.
-    worth = np.where(iou > threshold, 1 + iou / (min(iou.shape, default=0) + 1), 0)
-    found = iou[linear_sum_assignment(worth, maximize=True)]
-    return found[found > threshold]
+    pairs = pairs[pairs["iou"] > threshold]
+    if threshold >= 0.5:  # no object is in two
+        return pairs["iou"]
+    # Group by group of objects that hang together.
+    n = pairs["predicted"].max(initial=-1) + 1
+    nodes = pairs["true"] + n, pairs["predicted"]
+    n_nodes = nodes[0].max(initial=-1) + 1
+    graph = coo_array((np.ones(len(pairs)), nodes), shape=(n_nodes, n_nodes))
+    group = connected_components(graph, directed=False)[1][nodes[1]]
+    found = [np.zeros(0)]
+    for part in np.split(pairs[np.argsort(group, kind="stable")], np.cumsum(np.bincount(group))):
+        (t, p) = (np.unique(part[side], return_inverse=True)[1] for side in ("true", "predicted"))
+        iou = np.zeros((t.max(initial=-1) + 1, p.max(initial=-1) + 1))
+        iou[t, p] = part["iou"]
+        # Up to n pairs: what all their IoU can add stays below what one more pair does.
+        worth = np.where(iou > 0, 1 + iou / (min(iou.shape) + 1), 0)
+        best = iou[linear_sum_assignment(worth, maximize=True)]
+        found.append(best[best > 0])
+    return np.concatenate(found)
