@@ -164,6 +164,9 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
     pipeline these are the rows of the training fold. A frozen one keeps what it saw: pre-train it
     without the test samples unless the setting is transductive.
 
+    Vectors wider than the generator's `n_pcs` come back without what its principal components leave
+    out, and so nearer to all others than real ones are: for k-NN put a PCA in front.
+
     The checks are ours: the paper adds all that is generated. `min_confidence` and
     `min_copy_ratio` of None do so, too.
 
@@ -630,7 +633,7 @@ def _with_encoder(model):
                 "A DiffAugEM generates for labels with condition='embedding' and an M-step only, "
                 f"but has condition={model.condition!r} and schedule={model.schedule!r}."
             )
-        encoder = model._conditioner(model.encoder_, model.diffusion_)
+        encoder = model._listened_to()
     elif isinstance(model, GenSIS):
         check_is_fitted(model, "encoder_")
         encoder = model.vanilla_encoder_

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import os
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 from sklearn.utils import assert_all_finite
+from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import check_array, check_non_negative, validate_data
 
 from diffaugkit.arrays import some
@@ -17,7 +19,13 @@ from diffaugkit.image_inputs import is_a, reading_range, rows_of_images
 from diffaugkit.image_rows import ImageRows, resolve_image_shape
 from diffaugkit.rows import BackedRows, DenseRows, Rows, SparseRows
 
-__all__ = ["check_X", "looks_like_counts", "sample_range", "unchanged_on_failure"]
+__all__ = [
+    "check_X",
+    "keep_names_of_rows",
+    "looks_like_counts",
+    "sample_range",
+    "unchanged_on_failure",
+]
 
 # Files of tables, and what reads them.
 _READERS = {
@@ -46,6 +54,23 @@ def unchanged_on_failure(estimator):
         vars(estimator).clear()
         vars(estimator).update(before)
         raise
+
+
+def keep_names_of_rows(transform):
+    """Let a ``transform`` with pandas output name its rows as an AnnData does: it fits into obsm."""
+
+    @functools.wraps(transform)
+    def run(self, X):
+        found, names = transform(self, X), getattr(X, "obs_names", None)
+        pandas_output = _get_output_config("transform", self)["dense"] == "pandas"
+        if names is None or not pandas_output or sp.issparse(found):
+            return found
+        import pandas as pd
+
+        # scikit-learn, which makes a frame of every result, leaves the index of one alone.
+        return pd.DataFrame(np.asarray(found), index=names)
+
+    return run
 
 
 def check_X(

@@ -16,6 +16,7 @@ lambda       ``augmentation_prob``
 ===========  ======================================
 """
 
+import copy
 from numbers import Integral, Real
 
 import numpy as np
@@ -31,13 +32,14 @@ from diffaugkit.base import (
     HasMethods,
     Interval,
     StrOptions,
+    TorchEstimator,
     TorchTransformer,
     _fit_context,
     all_or_nothing,
     described,
 )
 from diffaugkit.batches import make_batches
-from diffaugkit.data import check_X
+from diffaugkit.data import check_X, keep_names_of_rows
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion
 from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
 from diffaugkit.runtime import mix_seed
@@ -94,6 +96,9 @@ class DiffAugEM(TorchTransformer):
         The fitted encoder.
     diffusion_ : EmbeddingConditionedDiffusion or None
         The fitted generator; None if no M-step ran.
+    condition_encoder_ : SelfSupervisedEncoder or None
+        The encoder that the generator listens to, as the last M-step found it: the E-step after it
+        moves the embeddings of ``encoder_``. None if no M-step ran.
     classes_ : ndarray of shape (n_classes,)
         With ``condition="supervised"`` only: what the columns of the condition stand for.
     history_ : DataFrame
@@ -230,7 +235,8 @@ class DiffAugEM(TorchTransformer):
         self._check_frozen(encoder, diffusion)
         if not isinstance(diffusion, FrozenEstimator):
             diffusion._check_parts(rows, conditional=True)
-        fitted, positives, history = None, None, []
+        fitted = conditioner = positives = None
+        history = []
 
         schedule = self._schedule(encoder, len(rows), "images" if rows.is_image else "vectors")
         for number, epochs in enumerate(schedule):
@@ -251,6 +257,8 @@ class DiffAugEM(TorchTransformer):
                 fitted = diffusion
                 if phase == "M":
                     diffusion.fit(rows, None, embeddings=embeddings)
+                    # The next E-step gives the encoder new weights; this one keeps these.
+                    conditioner = copy.copy(conditioner)
                 if number + 1 < len(schedule):
                     n_views = self._n_views(schedule[number + 1])
                     views = diffusion._views(embeddings, n_views, mix_seed(seed, number))
@@ -259,13 +267,14 @@ class DiffAugEM(TorchTransformer):
             if not isinstance(part, FrozenEstimator):
                 history.append(part.history_.assign(phase=phase, round=number // 2))
 
-        for part in (encoder, diffusion):
+        for part in (encoder, diffusion, conditioner):
             self._end_phases(part)
-        self.encoder_, self.diffusion_ = encoder, fitted
+        self.encoder_, self.diffusion_, self.condition_encoder_ = encoder, fitted, conditioner
         self._set_history(history)
         self._condition_seed = seed
         return self
 
+    @keep_names_of_rows
     def transform(self, X):
         """Embed samples in y, the high-dimensional embedding.
 
@@ -407,7 +416,7 @@ class DiffAugEM(TorchTransformer):
     @staticmethod
     def _end_phases(part):
         """Take back what only the phases needed: the part is an estimator of its own again."""
-        if isinstance(part, FrozenEstimator):
+        if not isinstance(part, TorchEstimator):  # none, frozen, or what a frozen generator has
             return
         part.set_params(checkpoint_dir=None)
         if isinstance(part, SelfSupervisedEncoder):
@@ -527,8 +536,12 @@ class DiffAugEM(TorchTransformer):
                 "A generator conditioned on labels cannot augment unlabelled rows: call "
                 "diffusion_.sample() with one-hot labels, a column for each of classes_."
             )
-        conditioner = self._conditioner(self.encoder_, self.diffusion_)
-        return self._condition(conditioner, rows, None, self._condition_seed)
+        return self._condition(self._listened_to(), rows, None, self._condition_seed)
+
+    def _listened_to(self):
+        """Give the encoder whose embeddings the generator knows; older files lack it."""
+        known = getattr(self, "condition_encoder_", None)
+        return self._conditioner(self.encoder_, self.diffusion_) if known is None else known
 
     @property
     def _n_features_out(self):

@@ -38,7 +38,7 @@ from diffaugkit.base import (
     all_or_nothing,
 )
 from diffaugkit.batches import make_batches
-from diffaugkit.data import check_X
+from diffaugkit.data import check_X, keep_names_of_rows
 from diffaugkit.denoisers import (
     DENOISERS,
     UNetDenoiser,
@@ -372,6 +372,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         self.encoder_ = encoder
         return self._set_fitted(state, module, history)
 
+    @keep_names_of_rows
     def transform(self, X):
         """Embed samples with the fitted encoder.
 

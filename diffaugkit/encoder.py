@@ -33,7 +33,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from diffaugkit.arrays import check_groups
 from diffaugkit.base import Interval, StrOptions, TorchTransformer, _fit_context, all_or_nothing
-from diffaugkit.data import check_X
+from diffaugkit.data import check_X, keep_names_of_rows
 from diffaugkit.diffusion import sample_in_batches
 from diffaugkit.encoder_fits import ImageFit as _ImageFit
 from diffaugkit.encoder_fits import VectorFit as _Fit
@@ -479,6 +479,7 @@ class SelfSupervisedEncoder(TorchTransformer):
             _warn_of_collapse(history, self._method(images))
         return self
 
+    @keep_names_of_rows
     def transform(self, X):
         """Embed samples in y.
 

@@ -1,6 +1,7 @@
 """Figures as scikit-learn style displays; matplotlib is imported when one is drawn."""
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -470,7 +471,14 @@ class SimilarityHistogramDisplay:
         ------
         ValueError
             If the shapes of original and views differ.
+        TypeError
+            If `augmented` is no dict.
         """
+        if not isinstance(augmented, Mapping):
+            raise TypeError(
+                "augmented must be a dict of embeddings by name, such as {'generated': views}, got "
+                f"{type(augmented).__name__}."
+            )
         similarities = {
             name: _row_cosine(original, views, name) for name, views in augmented.items()
         }

@@ -11,7 +11,7 @@ from sklearn.utils import check_array
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from diffaugkit.data import check_X, sample_range, unchanged_on_failure
+from diffaugkit.data import check_X, keep_names_of_rows, sample_range, unchanged_on_failure
 from diffaugkit.rows import MappedRows
 
 __all__ = ["CellPreprocessor"]
@@ -451,6 +451,7 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.median_total_counts_ = median
         self.residual_mean_, self.residual_factor_ = residual_mean, factor
 
+    @keep_names_of_rows
     def transform(self, X):
         """Normalise cells by what was learned.
 

@@ -38,8 +38,8 @@ _PRETEXTS = ("diffusion", "inpainting", "context_restoration")
 _SHAPE_PRETRAINING = ("pretext", "loss_weighting", "n_timesteps", "augment")
 _LARGEST_AUTO_PATCH = 128
 _PAPER_WIDTHS = (64, 128, 256, 512)
-# A tenth, as in the paper, but not by fewer images than these: one that is held out tells little
-# of an epoch. GlaS with 8 masks, AJI of six runs from scratch: @@
+# A tenth, as in the paper, but not by fewer images than these: one says little of an epoch, and is
+# missed. Six runs from scratch on 8 masks of GlaS: AJI 51 +- 10 with one held out, 55 +- 5 without.
 _VALIDATION, _FEWEST_HELD = 0.1, 3
 
 

@@ -737,7 +737,7 @@ def test_a_fitted_em_generates(data, tmp_path):
     out, _ = augmenter.fit_resample(X, y)
     source = augmenter.provenance_["source"].to_numpy()
     again = em.diffusion_.sample(
-        em.transform(X)[source], random_state=augmenter.provenance_["seed"][0]
+        em.condition_encoder_.transform(X)[source], random_state=augmenter.provenance_["seed"][0]
     )
     np.testing.assert_allclose(out[60:], again, rtol=1e-5, atol=1e-5)
     assert em.diffusion_.encoder_ is None  # left as it was

@@ -169,6 +169,21 @@ def test_the_buffer_is_drawn_anew_at_each_switch(blobs, monkeypatch):
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.parametrize("condition", ["embedding", "projection"])
+def test_the_generator_listens_to_the_encoder_that_taught_it(blobs, condition, tmp_path):
+    X = blobs[0]
+    parts = {"encoder": tiny_encoder(learning_rate=0.05), "condition": condition}
+    ends_with_m, model = (tiny(schedule=(2, 1, n), **parts).fit(X) for n in (0, 3))
+    assert not np.array_equal(model.transform(X), ends_with_m.transform(X))
+    np.testing.assert_array_equal(model.augment(X), ends_with_m.augment(X))
+    assert model.quality_report(X) == ends_with_m.quality_report(X)
+    taught = model.condition_encoder_
+    np.testing.assert_array_equal(taught.transform(X), ends_with_m.transform(X))
+    assert not taught.warm_start
+    model.save(tmp_path / "model")
+    np.testing.assert_array_equal(diffaugkit.load(tmp_path / "model").augment(X), model.augment(X))
+
+
 # ---- ablations -----------------------------------------------------------------------------------
 
 

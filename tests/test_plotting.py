@@ -244,10 +244,14 @@ def test_embedding_display_from_pipeline():
             lambda: SimilarityHistogramDisplay.from_embeddings(normal(9, 2), {"a": normal(8, 2)}),
             "the views 'a'",
         ),
+        (
+            lambda: SimilarityHistogramDisplay.from_embeddings(normal(9, 2), normal(9, 2)),
+            "augmented must be a dict .* got ndarray",
+        ),
     ],
 )
 def test_errors_say_what_is_wrong(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call()
 
 

@@ -16,10 +16,10 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.utils.estimator_checks import check_estimator, check_param_validation
 
-from diffaugkit import load, preprocessing
+from diffaugkit import SelfSupervisedEncoder, load, preprocessing
 from diffaugkit.preprocessing import CellPreprocessor
 from diffaugkit.rows import MappedRows
 
@@ -480,6 +480,10 @@ def test_set_output_and_names(counts, adata, tmp_path):
     model = CellPreprocessor(n_top_genes=30).set_output(transform="pandas")
     from_disk = model.fit_transform(_disk(adata, tmp_path))
     pd.testing.assert_frame_equal(from_disk, model.fit_transform(adata), rtol=1e-5, atol=1e-5)
+    assert list(from_disk.index) == list(adata.obs_names)
+    adata.obsm["X_normalised"] = from_disk
+    embedder = SelfSupervisedEncoder(max_epochs=1).set_output(transform="pandas")
+    adata.obsm["X_diffaug"] = Pipeline([("cells", model), ("y", embedder)]).fit_transform(adata)
     frame = model.fit_transform(pd.DataFrame(counts, columns=adata.var_names))
     expected = [f"gene{i}" for i in model.genes_]
     assert list(frame.columns) == expected + [f"gene{i}_residual" for i in model.residual_genes_]
