@@ -57,7 +57,7 @@ def unchanged_on_failure(estimator):
 
 
 def keep_names_of_rows(transform):
-    """Let a ``transform`` with pandas output name its rows as an AnnData does: it fits into obsm."""
+    """Let a ``transform`` with pandas output name its rows as an AnnData does, as obsm demands."""
 
     @functools.wraps(transform)
     def run(self, X):
