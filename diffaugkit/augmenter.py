@@ -28,7 +28,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from diffaugkit.arrays import check_groups
+from diffaugkit.arrays import check_groups, some
 from diffaugkit.base import (
     HasMethods,
     Interval,
@@ -164,8 +164,8 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
     pipeline these are the rows of the training fold. A frozen one keeps what it saw: pre-train it
     without the test samples unless the setting is transductive.
 
-    Vectors wider than the generator's `n_pcs` come back without what its principal components leave
-    out, and so nearer to all others than real ones are: for k-NN put a PCA in front.
+    What the generator's principal components leave out of vectors wider than `n_pcs` comes back as
+    noise of each feature (its `residual_noise`).
 
     The checks are ours: the paper adds all that is generated. `min_confidence` and
     `min_copy_ratio` of None do so, too.
@@ -564,13 +564,13 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
     def _warn(self, wanted, counts, table, depth):
         short = {name: c for name, c in counts.items() if c["accepted"] < wanted[name]}
         if short:
-            some = "; ".join(
+            shown = some(
                 f"{name!r}: {c['accepted']} of {wanted[name]} ({c['low_confidence']} candidates "
                 f"with another label, {c['copies']} copies)"
-                for name, c in list(short.items())[:5]
+                for name, c in short.items()
             )
             warnings.warn(
-                f"{len(short)} of {len(wanted)} classes got fewer samples than wanted: {some}. "
+                f"{len(short)} of {len(wanted)} classes got fewer samples than wanted: {shown}. "
                 "More attempts (max_attempts), a longer training of the diffusion model or a lower "
                 "min_confidence give more.",
                 ConvergenceWarning,
@@ -685,7 +685,7 @@ class _Views:
         start = None if strength == 1 else _take_rows(self.rows, source)
         latents = generator._sample_latents(cond, len(source), seed, start, strength)
         space = generator._space_of()
-        made = space.output(space.decode(latents))
+        made = space.output(space.decode(latents, seed))
         if self.rows.is_image:
             again = generator._image_rows(made)
             spots = self.space.of(again)

@@ -102,7 +102,8 @@ class DiffAugEM(TorchTransformer):
     classes_ : ndarray of shape (n_classes,)
         With ``condition="supervised"`` only: what the columns of the condition stand for.
     history_ : DataFrame
-        One row per epoch: phase ("E", "M" or "EM"), round, epoch, loss, learning_rate.
+        One row per epoch: phase ("E", "M" or "EM"), round, epoch, loss, learning_rate, and of an
+        E-step ``feature_spread``, by which a collapse shows.
     n_iter_ : int
         Epochs of all phases.
     n_features_in_ : int

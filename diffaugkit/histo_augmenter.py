@@ -32,6 +32,7 @@ from sklearn.utils import check_array, column_or_1d
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch.nn import functional as F
 
+from diffaugkit.arrays import some
 from diffaugkit.augmenter import GenerativeAugmenter
 from diffaugkit.autoencoder import LatentAutoencoder, _feature_distance, _features
 from diffaugkit.base import (
@@ -748,7 +749,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         )
         latents = guided._sample_latents(codes[:, None], len(codes), seed)
         space = self._space()
-        decoded = space.decode(latents)
+        decoded = space.decode(latents, seed)
         if self.image_shape_ is None:
             return space.output(decoded)
         return from_unit(decoded, self._pixel_range, self._layout)
@@ -864,14 +865,14 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         short = [row for row in table if row["kept"] < row["wanted"]]
         if not short:
             return
-        some = "; ".join(
+        shown = some(
             f"{row['class']!r}: {row['kept']} of {row['wanted']} from {row['candidates']} "
             "candidates"
-            for row in short[:5]
+            for row in short
         )
         warnings.warn(
             f"{len(short)} of {len(table)} classes got fewer samples than wanted, as too few were "
-            f"nearest to the centroid of their class: {some}. A larger guidance_scale or "
+            f"nearest to the centroid of their class: {shown}. A larger guidance_scale or "
             "n_candidates, a longer training of the generator, or selection='random' give more.",
             ConvergenceWarning,
             stacklevel=5,

@@ -522,10 +522,10 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         times ``total_counts / target_sum_`` where totals are given. "both": the same, from the log
         block alone; the residual block is not looked at. "pearson_residuals":
         ``mu + X * sqrt(mu + mu^2 / theta)`` with ``mu = total_counts * gene_fractions_``. Negative
-        results become 0. What clipping cut is lost, and genes that were not chosen stay out. Values
-        of generated or averaged cells are smoother than those of real ones, and ``expm1`` of a mean
-        is less than the mean of ``expm1``: their counts have fewer zeros and sum to less than the
-        totals. Compare such cells with real ones in the space of ``transform``.
+        results become 0. What clipping cut is lost, and genes that were not chosen stay out.
+        Generated or averaged cells lack the zeros of counts, and ``expm1`` of a mean is less than
+        the mean of ``expm1``; a cell whose chosen genes come to more than its total is brought down
+        to it. Compare such cells with real ones in the space of ``transform``.
 
         Parameters
         ----------
@@ -582,7 +582,10 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         X = X.toarray() if sp.issparse(X) else X
         if self.scale_ is not None:
             X = X * self.scale_ + self.mean_
-        return (np.maximum(np.expm1(X), 0.0) * factors[:, None]).astype(np.float32)
+        counts = np.maximum(np.expm1(X), 0.0)
+        # No part of a cell exceeds its whole, however large the log of one generated gene.
+        excess = np.maximum(counts.sum(axis=1) / self.target_sum_, 1.0)
+        return (counts * (factors / excess)[:, None]).astype(np.float32)
 
     def save(self, path):
         """Save to a folder of safetensors and JSON, which ``diffaugkit.load(path)`` reads.

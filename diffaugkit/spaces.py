@@ -6,7 +6,8 @@ Each space has
     clip              bound of the values inside, or None
     encode(rows)      all rows as `make_batches` and `inside` take them
     inside(batch)     float32 samples (B, *shape) of a batch of `encode`, on its device
-    decode(x)         Tensor (B, *shape) -> Tensor: features, or pixels (B, C, H, W) in [-1, 1]
+    decode(x, seed)   Tensor (B, *shape) -> Tensor: features, or pixels (B, C, H, W) in [-1, 1];
+                      with a seed also what the space leaves out, drawn anew
     output(decoded)   ndarray as the caller gave the data: layout, kind and range
     state()           plain values from which `space_from_state` makes it again
 """
@@ -16,13 +17,16 @@ import tempfile
 from functools import partial
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from sklearn.decomposition import PCA
 
 from diffaugkit.decomposition import PrincipalComponents
+from diffaugkit.diffusion import RowNoise
 from diffaugkit.encoder import linear_space, project_rows
 from diffaugkit.image_rows import from_unit, to_unit
 from diffaugkit.rows import MappedRows, TemporaryRows
+from diffaugkit.runtime import mix_seed
 
 __all__ = ["ComponentSpace", "CopySpace", "LatentSpace", "PixelSpace", "space_from_state"]
 
@@ -32,6 +36,7 @@ _LATENTS_IN_MEMORY = 2**28
 # batch is filled up: a larger one makes many samples faster, and a single one slower.
 _SAMPLING_ON_CPU = 2**15, 4, 128
 _SAMPLING_ON_GPU = 2**20, 16, 512
+_RESIDUAL = 5
 
 
 class ComponentSpace:
@@ -45,28 +50,34 @@ class ComponentSpace:
         Principal axes; None keeps the features.
     std : ndarray of shape (k,) or (d,), float32
         Standard deviations, by which the scores are divided.
+    residual : ndarray of shape (d,), float32, or None, default=None
+        Standard deviation of each feature about the span of the components.
     """
 
     clip = None
 
-    def __init__(self, mean, components, std):
-        self.mean, self.components, self.std = mean, components, std
+    def __init__(self, mean, components, std, residual=None):
+        self.mean, self.components, self.std, self.residual = mean, components, std, residual
         self.shape = (len(std),)
 
     @classmethod
-    def fit(cls, rows, n_pcs):
+    def fit(cls, rows, n_pcs, residual=False):
         """Learn the space of rows (n, d); `n_pcs` None keeps all features."""
         mean, components, std = linear_space(rows, n_pcs)
+        left = None
+        if residual and components is not None:
+            left = _residual_std(rows, mean, components * std[:, None])
         # What has no spread must come back as it is: division by 0 avoided, the rest stays small,
         # by the measure of the data: features may be of any unit, and each of its own.
         least = 1e-8 * (float(np.max(std)) or 1.0)
         if components is None:
             least = np.maximum(least, 1e-6 * np.abs(mean))
-        return cls(mean, components, np.maximum(std, least).astype(np.float32))
+        return cls(mean, components, np.maximum(std, least).astype(np.float32), left)
 
     def state(self):
         """Plain values, see :func:`space_from_state`."""
-        return {"mean": self.mean, "components": self.components, "std": self.std}
+        names = ("mean", "components", "std", "residual")
+        return {name: getattr(self, name) for name in names}
 
     def encode(self, rows):
         """Whitened scores, Rows (n, k)."""
@@ -76,12 +87,23 @@ class ComponentSpace:
         """Give the batch as it is."""
         return batch
 
-    def decode(self, x):
-        """Features (B, d) of whitened scores (B, k)."""
+    def decode(self, x, seed=None):
+        """Features (B, d) of whitened scores (B, k); with a seed spread as the rows of ``fit``."""
         scores = x * torch.from_numpy(self.std).to(x)
         if self.components is None:
             return scores + torch.from_numpy(self.mean).to(scores)
-        return PrincipalComponents(self.mean, self.components, self.std).inverse(scores)
+        decoded = PrincipalComponents(self.mean, self.components, self.std).inverse(scores)
+        if self.residual is None or seed is None:
+            return decoded
+        components, residual = torch.from_numpy(self.components), torch.from_numpy(self.residual)
+        for start in range(0, len(x), 1024):
+            part = decoded[start : start + 1024]
+            rows = range(start, start + len(part))
+            noise = RowNoise(residual.shape, mix_seed(seed, _RESIDUAL), rows)() * residual
+            # Off the components, so that scores and what is embedded by these stay; in double
+            # precision, so that a row does not depend on those beside it.
+            part += (noise - (noise.double() @ components.T) @ components).to(part)
+        return decoded
 
     def output(self, decoded):
         """Features as an array."""
@@ -125,7 +147,7 @@ class PixelSpace:
         """Pixels (B, C, H, W) in [-1, 1]."""
         return to_unit(batch, self.pixel_range)
 
-    def decode(self, x):
+    def decode(self, x, seed=None):
         """Give the pixels as they are."""
         return x
 
@@ -184,12 +206,28 @@ class LatentSpace(PixelSpace):
         """Give the latents as they are."""
         return batch
 
-    def decode(self, x):
+    def decode(self, x, seed=None):
         """Pixels (B, C, H, W) in [-1, 1]."""
         height, width = self._pixels.shape[1:]
         return torch.cat(
             [self._autoencoder.decode(part)[..., :height, :width].cpu() for part in x.split(64)]
         )
+
+
+def _residual_std(rows, mean, axes):
+    """Find the spread of each feature that axes (k, d) of their spread leave; None for none."""
+    squares = np.zeros(rows.shape[1])
+    for _, block in rows.blocks():
+        block = block.astype(np.float64)
+        if sp.issparse(block):
+            sums, own = (np.asarray(b.sum(axis=0)).ravel() for b in (block, block.multiply(block)))
+            squares += own - 2 * mean * sums + block.shape[0] * mean**2
+        else:
+            squares += ((block - mean) ** 2).sum(axis=0)
+    variances = squares / (len(rows) - 1)
+    left = variances - (axes**2).sum(axis=0)
+    left = np.where(left > 1e-6 * variances, left, 0)
+    return np.sqrt(left).astype(np.float32) if left.any() else None
 
 
 def _rescale(pixels, old, new):

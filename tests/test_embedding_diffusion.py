@@ -417,8 +417,30 @@ def test_augment_order_and_refusals(blobs, model):
         with pytest.raises(ValueError, match="strength"):
             model.augment(X, strength=bad)
     near = model.augment(X, strength=0.001)
-    projected = model._decode(model._latents(DenseRows(X))[:]).numpy()
-    assert np.abs(near - projected).max() < 1.0
+    assert torch.dist(model._latents(DenseRows(near))[:], model._latents(DenseRows(X))[:]) < 1.0
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_what_components_leave_out_comes_back_as_noise(blobs, sparse):
+    X = np.where(blobs[0] > 0, blobs[0], 0) if sparse else blobs[0]
+    given = sp.csr_matrix(X) if sparse else X
+    model, smooth = (tiny(n_pcs=3, residual_noise=kind).fit(given) for kind in (True, False))
+    pcs = PCA(3).fit(X)
+
+    def left(samples):
+        return samples - pcs.inverse_transform(pcs.transform(samples))
+
+    noisy = model.sample(400)
+    np.testing.assert_allclose(left(smooth.sample(400)), 0, atol=1e-4)
+    np.testing.assert_allclose(left(noisy).std(axis=0), left(X).std(axis=0), rtol=0.25)
+    assert 0.9 < left(noisy).std() / left(X).std() < 1.1
+    # The scores are those of the smooth samples: an embedding of them does not see the noise.
+    np.testing.assert_allclose(pcs.transform(noisy), pcs.transform(smooth.sample(400)), atol=1e-4)
+    # Noise of its own for each row and each seed, whatever the number of rows.
+    np.testing.assert_array_equal(model.sample(30), noisy[:30])
+    assert np.abs(left(model.sample(30, random_state=1)) - left(noisy[:30])).max() > 0.1
+    twice = model.augment(given[:2], 2)
+    assert np.abs(left(twice[0::2]) - left(twice[1::2])).max() > 0.1
 
 
 def test_ends_of_interpolation(blobs, model):

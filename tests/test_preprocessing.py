@@ -476,6 +476,16 @@ def test_param_validation():
     check_param_validation("CellPreprocessor", CellPreprocessor())
 
 
+def test_a_cell_never_exceeds_its_total(counts):
+    model = CellPreprocessor(n_top_genes=30).fit(counts)
+    cells = np.asarray(model.transform(counts))
+    back = model.inverse_transform(3 * cells)
+    assert back.sum(axis=1).max() <= model.target_sum_ * (1 + 1e-6)
+    np.testing.assert_allclose(
+        model.inverse_transform(3 * cells, total_counts=500.0), back * 500 / model.target_sum_, 1e-5
+    )
+
+
 def test_set_output_and_names(counts, adata, tmp_path):
     model = CellPreprocessor(n_top_genes=30).set_output(transform="pandas")
     from_disk = model.fit_transform(_disk(adata, tmp_path))
