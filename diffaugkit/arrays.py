@@ -49,11 +49,11 @@ def check_groups(groups, n):
     return groups
 
 
-def some(names, most=5):
+def some(names):
     """List at most five names, and how many more there are."""
     names = [str(name) for name in names]
-    more = f", ... and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f", ... and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def channel_last(images: Any, image_shape: Sequence[int] | None = None) -> np.ndarray:

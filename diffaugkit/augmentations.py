@@ -23,7 +23,7 @@ _EXACT_LIMIT = 60_000
 _REFERENCE_LIMIT = 50_000
 
 
-def nearest_neighbors(rows, n_neighbors, *, random_state=0):
+def nearest_neighbors(rows, n_neighbors):
     """Find the nearest rows of each row, itself excluded.
 
     Exact (scikit-learn) up to 60 000 rows, approximate by NN-descent (pynndescent, where installed)
@@ -35,8 +35,6 @@ def nearest_neighbors(rows, n_neighbors, *, random_state=0):
         Euclidean distances are taken in this space.
     n_neighbors : int
         Neighbours per row, at most n - 1.
-    random_state : int, default=0
-        Seed of the approximate search.
 
     Returns
     -------
@@ -62,11 +60,11 @@ def nearest_neighbors(rows, n_neighbors, *, random_state=0):
     in_memory = isinstance(rows, torch.Tensor) or rows.in_memory
     reference = np.arange(n)
     if not in_memory and n > _REFERENCE_LIMIT:
-        reference = np.random.default_rng(random_state).choice(n, _REFERENCE_LIMIT, replace=False)
+        reference = np.random.default_rng(0).choice(n, _REFERENCE_LIMIT, replace=False)
         reference.sort()
     points = np.ascontiguousarray(rows[reference], dtype=np.float32)
     among_all = len(reference) == n
-    search = _search(points, n_neighbors + 1, random_state, among_all)
+    search = _search(points, n_neighbors + 1, among_all)
     found = np.empty((n, n_neighbors), dtype=np.int32)
     for start in range(0, n, 16_384):
         stop = min(start + 16_384, n)
@@ -79,10 +77,10 @@ def nearest_neighbors(rows, n_neighbors, *, random_state=0):
     return torch.from_numpy(found)
 
 
-def _search(points, k, random_state, among_all):
+def _search(points, k, among_all):
     """Make the search: a slice of the rows, and the block that they are -> points (m, k)."""
     if among_all and len(points) > _EXACT_LIMIT:
-        graph = _descend(points, k, random_state)
+        graph = _descend(points, k)
         if graph is not None:
             return lambda part, _: graph[part]
     from sklearn.neighbors import NearestNeighbors
@@ -91,7 +89,7 @@ def _search(points, k, random_state, among_all):
     return lambda _, block: index.kneighbors(block, return_distance=False)
 
 
-def _descend(points, k, random_state):
+def _descend(points, k):
     """Find the k nearest points of each by NN-descent; None where pynndescent is missing."""
     try:
         import numba
@@ -101,7 +99,7 @@ def _descend(points, k, random_state):
     n_threads = torch.get_num_threads()
     n_jobs = min(n_threads, numba.config.NUMBA_NUM_THREADS)
     try:
-        index = NNDescent(points, n_neighbors=max(k, 15), random_state=random_state, n_jobs=n_jobs)
+        index = NNDescent(points, n_neighbors=max(k, 15), random_state=0, n_jobs=n_jobs)
         return index.neighbor_graph[0][:, :k]
     finally:
         # Numba sets OpenMP to all cores of the machine when it starts its own threads, and torch
@@ -308,10 +306,8 @@ class ImageViews:
     augmentation : str, dict, ImageRecipe or callable, default="auto"
         See :func:`image_recipe`. A callable maps a batch (B, C, H, W) in [-1, 1] to a view of it;
         local crops are then crops of such views.
-    n_global : int, default=2
-        Views of the size of the image.
     n_local : int, default=0
-        Small crops.
+        Small crops, beside two views of the size of the image.
     local_size : tuple of (int, int) or None, default=None
         Height and width of these; None: see :func:`local_size`.
 
@@ -323,13 +319,12 @@ class ImageViews:
     [(3, 32, 32), (3, 32, 32), (3, 14, 14), (3, 14, 14), (3, 14, 14)]
     """
 
-    def __init__(self, augmentation="auto", n_global=2, n_local=0, local_size=None):
-        self.augmentation, self.n_global, self.n_local = augmentation, n_global, n_local
-        self.local_size = local_size
+    def __init__(self, augmentation="auto", n_local=0, local_size=None):
+        self.augmentation, self.n_local, self.local_size = augmentation, n_local, local_size
 
     def __call__(self, x):
         """Make views of x (B, C, H, W) in [-1, 1]: a list, the global ones first."""
-        views = [self.global_view(x, number) for number in range(self.n_global)]
+        views = [self.global_view(x, number) for number in range(2)]
         return views + [self.local_view(x) for _ in range(self.n_local)]
 
     def global_view(self, x, number=0):

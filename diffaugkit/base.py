@@ -1,6 +1,7 @@
 """What all estimators share: common parameters, device, seeds, and state that travels.
 
-This is the only file that imports private names of scikit-learn; the others take them from here.
+Private names of scikit-learn are taken from here, but for those that the gate (``data``) and
+``preprocessing`` need, which do without torch's estimators.
 """
 
 import copy

@@ -14,7 +14,7 @@ from sklearn.utils import assert_all_finite
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import check_array, check_non_negative, validate_data
 
-from diffaugkit.arrays import some
+from diffaugkit.arrays import some, to_numpy
 from diffaugkit.image_inputs import is_a, reading_range, rows_of_images
 from diffaugkit.image_rows import ImageRows, resolve_image_shape
 from diffaugkit.rows import BackedRows, DenseRows, Rows, SparseRows
@@ -184,7 +184,8 @@ def check_X(
             raise ValueError(
                 f"X looks like raw counts (non-negative integers, some of them large), but {name} "
                 "expects normalised values. Put a CellPreprocessor in front: "
-                f"make_pipeline(CellPreprocessor(), {name}())."
+                f"make_pipeline(CellPreprocessor(), {name}()), or, if they are no counts, a "
+                "StandardScaler."
             )
     return rows
 
@@ -215,7 +216,9 @@ def looks_like_counts(rows):
     True
     """
     smallest, largest, whole = sample_range(rows)
-    return bool(whole and smallest >= 0 and largest > (255 if rows.origin == "dense" else 10))
+    # Beyond 2 to the 24 every float32 is whole.
+    large = (255 if rows.origin == "dense" else 10) < largest < 2**24
+    return bool(whole and smallest >= 0 and large)
 
 
 def sample_range(rows):
@@ -237,16 +240,14 @@ def sample_range(rows):
     return low, high, bool(np.all(values == np.rint(values)))
 
 
-def _names_frame(names):
-    """Make a frame without rows: scikit-learn compares its columns, and nothing is read."""
-    import pandas as pd
-
-    return pd.DataFrame(columns=np.asarray(names, dtype=object))
-
-
 def _set_names(estimator, rows_shape, names, reset):
     """Set or check width and names by scikit-learn's own rules and messages."""
-    stand_in = np.empty((0, math.prod(rows_shape[1:]))) if names is None else _names_frame(names)
+    # Without rows: the columns are compared, and nothing is read.
+    stand_in = np.empty((0, math.prod(rows_shape[1:])))
+    if names is not None:
+        import pandas as pd
+
+        stand_in = pd.DataFrame(columns=np.asarray(names, dtype=object))
     validate_data(estimator, stand_in, reset=reset, skip_check_array=True)
 
 
@@ -322,8 +323,7 @@ def _validated(estimator, X, reset, limits, **more):
             raise TypeError(
                 f"X is a sparse tensor ({X.layout}); give a scipy.sparse CSR matrix or X.to_dense()"
             )
-        X = X.detach().cpu()
-        X = (X.float() if X.is_floating_point() else X).numpy()
+        X = to_numpy(X)
 
     def check(X, **options):
         return validate_data(estimator, X, reset=reset, **options)
@@ -433,8 +433,7 @@ def _align_genes(estimator, adata, reset):
         )
     if len(found) == len(wanted) and np.array_equal(found, wanted):
         return None, wanted
-    first = {name: position for position, name in reversed(list(enumerate(found)))}
-    return np.array([first[name] for name in wanted], dtype=np.int64), wanted
+    return found.get_indexer_for(wanted), wanted
 
 
 def _check_in_blocks(estimator, rows, limits):

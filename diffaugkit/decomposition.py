@@ -1,8 +1,8 @@
 """Principal components of rows of any size and kind, exact or by block Krylov iteration."""
 
 import tempfile
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import scipy.linalg
@@ -40,11 +40,11 @@ class PrincipalComponents:
     mean: np.ndarray
     components: np.ndarray
     explained_std: np.ndarray
-    _shift: np.ndarray = field(init=False, repr=False)
 
-    def __post_init__(self):
-        """Precompute the scores of the mean: blocks are shifted by them, not centred."""
-        object.__setattr__(self, "_shift", self.mean @ self.components.T)
+    @cached_property
+    def _shift(self):
+        """Scores of the mean: blocks are shifted by them, not centred."""
+        return self.mean @ self.components.T
 
     def transform(self, X):
         """Scores of rows or of a tensor.

@@ -35,9 +35,9 @@ from diffaugkit.arrays import check_groups
 from diffaugkit.base import Interval, StrOptions, TorchTransformer, _fit_context, all_or_nothing
 from diffaugkit.data import check_X, keep_names_of_rows
 from diffaugkit.diffusion import sample_in_batches
-from diffaugkit.encoder_fits import ImageFit as _ImageFit
-from diffaugkit.encoder_fits import VectorFit as _Fit
 from diffaugkit.encoder_fits import (
+    ImageFit,
+    VectorFit,
     auto_epochs,
     auto_queue,
     has_map,
@@ -605,7 +605,7 @@ class SelfSupervisedEncoder(TorchTransformer):
 
     def _prepare(self, rows, positives, *, interpolations=None, groups=None, seed):
         """Everything a loop needs; nothing of it is kept on the estimator before the loop ends."""
-        kind = _ImageFit if rows.is_image else _Fit
+        kind = ImageFit if rows.is_image else VectorFit
         return kind(self, rows, positives, interpolations, groups, seed)
 
     def _set_fitted(self, state, module, history):

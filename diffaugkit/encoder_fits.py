@@ -31,6 +31,8 @@ __all__ = ["ImageFit", "VectorFit", "auto_epochs", "linear_space", "project_rows
 
 _DEFAULT_NEIGHBORS = 30
 _ROWS_LOOKED_AT = 4_096
+# Attributes of an encoder fitted on vectors, None after a fit on images.
+_OF_VECTORS = ("mean_", "components_", "scale_")
 
 
 class VectorFit:
@@ -80,8 +82,7 @@ class VectorFit:
             images=False,
             out_dim=out_dim,
         )
-        names = ("mean_", "components_", "scale_")
-        self.fitted = dict(zip(names, self.space, strict=True))
+        self.fitted = dict(zip(_OF_VECTORS, self.space, strict=True))
         self.fitted |= {"image_shape_": None, "out_dim_": out_dim}
 
     def loss(self, x, neighbors, *generated):
@@ -114,7 +115,10 @@ class ImageFit:
                     f"warm_start=True goes on with images of {encoder.image_shape_}, but these are "
                     f"of {shape}; set warm_start=False."
                 )
-        generated = _positive_images(positives, rows, encoder)
+        generated = [
+            _aligned_images(view, f"positives[{number}]", rows, encoder)
+            for number, view in enumerate(() if positives is None else positives)
+        ]
         self.n_generated = len(generated)
         self.ranges = [view.pixel_range for view in generated]
         between = self._check_interpolations(interpolations, groups, rows)
@@ -136,13 +140,8 @@ class ImageFit:
             out_dim=out_dim,
         )
         self.views = self._make_views(shape)
-        self.fitted = {
-            "image_shape_": shape,
-            "out_dim_": out_dim,
-            "mean_": None,
-            "components_": None,
-            "scale_": None,
-        }
+        self.fitted = dict.fromkeys(_OF_VECTORS)
+        self.fitted |= {"image_shape_": shape, "out_dim_": out_dim}
 
     def _make_views(self, shape):
         encoder = self.encoder
@@ -334,11 +333,6 @@ def draw_partners(n, groups, seed):
     place = rng.integers(n - sizes[codes])
     place = np.where(place >= starts[codes], place + sizes[codes], place)
     return order[place]
-
-
-def _positive_images(positives, rows, encoder):
-    views = () if positives is None else positives
-    return [_aligned_images(v, f"positives[{i}]", rows, encoder) for i, v in enumerate(views)]
 
 
 def _aligned_images(images, name, rows, encoder):

@@ -466,7 +466,8 @@ def dino_loss(student_logits, teacher_logits, center, student_temp=0.1, teacher_
     """
     student = _full_precision(_stacked(student_logits))
     teacher = _full_precision(_stacked(teacher_logits)).detach()
-    n_pairs = len(student) * len(teacher) - min(len(student), len(teacher))
+    both = min(len(student), len(teacher))
+    n_pairs = len(student) * len(teacher) - both
     if n_pairs < 1:
         raise ValueError(
             f"dino_loss needs two different crops, got {len(student)} of the student and "
@@ -476,12 +477,9 @@ def dino_loss(student_logits, teacher_logits, center, student_temp=0.1, teacher_
     # Sum_k P_t log P_s = sum_k P_t L_s / tau - logsumexp(L_s / tau): the teacher's side is a sum
     # over its crops, so that no (T, S, B, K) is made.
     logits = student / student_temp
-    everyone = target.sum(0)
-    agreement = (everyone * logits).sum(-1) - len(teacher) * logits.logsumexp(-1)
-    total = agreement.sum()
-    both = min(len(student), len(teacher))
+    total = (target.sum(0) * logits).sum(-1) - len(teacher) * logits.logsumexp(-1)
     own = (target[:both] * logits[:both]).sum(-1) - logits[:both].logsumexp(-1)
-    return -(total - own.sum()) / (n_pairs * student.shape[1])
+    return -(total.sum() - own.sum()) / (n_pairs * student.shape[1])
 
 
 def sharpen(teacher_logits, center, teacher_temp):

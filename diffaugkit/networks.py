@@ -92,18 +92,15 @@ class EmbeddingMLP(nn.Module):
         super().__init__()
         self.n_components = n_components
         self.backbone = _blocks(n_features, *hidden_sizes, n_components)
-        if head is not None:
-            self.head, self.low_skip = head, None
-            self.skip = Linear(n_features, n_components, bias=False) if skip else None
-            if skip:
-                nn.init.eye_(self.skip.weight)
-            return
-        last = hidden_sizes[-1] if hidden_sizes else n_components
-        self.head = nn.Sequential(*_blocks(n_components, *hidden_sizes), Linear(last, n_low))
+        self.head, low_skip = head, skip and head is None
+        if head is None:
+            last = hidden_sizes[-1] if hidden_sizes else n_components
+            self.head = nn.Sequential(*_blocks(n_components, *hidden_sizes), Linear(last, n_low))
         self.skip = Linear(n_features, n_components, bias=False) if skip else None
-        self.low_skip = Linear(n_features, n_low, bias=False) if skip else None
+        self.low_skip = Linear(n_features, n_low, bias=False) if low_skip else None
         if skip:
             nn.init.eye_(self.skip.weight)
+        if low_skip:
             nn.init.eye_(self.low_skip.weight)
             with torch.no_grad():
                 self.head[-1].weight.mul_(0.1)

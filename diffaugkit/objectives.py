@@ -39,7 +39,6 @@ from diffaugkit.losses import (
 from diffaugkit.networks import mlp_head
 
 __all__ = [
-    "OBJECTIVES",
     "BYOLObjective",
     "CollapseWarning",
     "DINOObjective",
@@ -431,13 +430,3 @@ def _embed_crops(network, views):
             parts.append(network.embed(torch.cat(views[start:stop])))
             start = stop
     return torch.cat(parts)
-
-
-OBJECTIVES = {
-    "scl": SoftContrastiveObjective,
-    "simclr": SimCLRObjective,
-    "mocov2": MoCoObjective,
-    "byol": BYOLObjective,
-    "simsiam": SimSiamObjective,
-    "dino": DINOObjective,
-}

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
+from diffaugkit.arrays import to_numpy
+
 __all__ = ["BackedRows", "DenseRows", "MappedRows", "Rows", "SparseRows", "TemporaryRows"]
 
 # Values in a block of a pass over the data: 8 MB as float64. Larger ones leave the cache, and the
@@ -192,9 +194,7 @@ class DenseRows(Rows):
     resident = True
 
     def __init__(self, array, feature_names=None):
-        if hasattr(array, "detach"):
-            array = array.detach().cpu().float().numpy()
-        array = np.asarray(array, dtype=np.float32)
+        array = np.asarray(to_numpy(array), dtype=np.float32)
         if any(stride < 0 for stride in array.strides):
             array = np.ascontiguousarray(array)  # torch knows no negative strides
         super().__init__(array.shape, feature_names)
@@ -294,12 +294,9 @@ class BackedRows(Rows):
             self._data, self.stored_dtype = matrix, matrix.dtype
 
     def _read(self, index):
-        if isinstance(index, slice):
-            stored = (
-                np.arange(index.start, index.stop) if self._index is None else self._index[index]
-            )
-        else:
-            stored = index if self._index is None else self._index[index]
+        stored = index if self._index is None else self._index[index]
+        if isinstance(stored, slice):
+            stored = np.arange(stored.start, stored.stop)
         wanted, inverse = np.unique(stored, return_inverse=True)
         in_order = len(wanted) == len(stored) and np.array_equal(wanted, stored)
         # Pieces end at multiples of a fixed length, which bounds what gaps can add to a read.
@@ -344,8 +341,6 @@ class MappedRows(Rows):
         pickle.
     n_features : int or tuple of (int, int, int)
         What a row of ``fn``'s result is: the width ``d`` of a vector, or (C, H, W).
-    feature_names : ndarray of str or None, default=None
-        Names of the new features.
     native : bool, default=False
         Hand ``fn`` a block of :meth:`Rows.block` (ndarray or CSR) instead of a tensor, and take
         the same back.
@@ -363,9 +358,9 @@ class MappedRows(Rows):
     ((2, 1, 2, 3), 12.0)
     """
 
-    def __init__(self, rows, fn, n_features, feature_names=None, *, native=False, pixel_range=None):
+    def __init__(self, rows, fn, n_features, *, native=False, pixel_range=None):
         row = n_features if isinstance(n_features, tuple) else (n_features,)
-        super().__init__((len(rows), *row), feature_names)
+        super().__init__((len(rows), *row))
         self._rows, self._fn, self._native = rows, fn, native
         self.in_memory, self.shuffle_block = rows.in_memory, rows.shuffle_block
         self.origin = rows.origin
@@ -377,10 +372,7 @@ class MappedRows(Rows):
 
     def _read(self, index):
         block = self._fn(self._rows.block(index) if self._native else self._rows[index])
-        if hasattr(block, "detach"):
-            block = block.detach().cpu()
-            block = (block.float() if block.is_floating_point() else block).numpy()
-        return block.astype(self.dtype, copy=False)
+        return to_numpy(block).astype(self.dtype, copy=False)
 
 
 class TemporaryRows(Rows):

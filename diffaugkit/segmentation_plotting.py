@@ -3,9 +3,12 @@
 import os
 
 import numpy as np
+from scipy.ndimage import maximum_filter1d, minimum_filter1d
+from scipy.optimize import linear_sum_assignment
 
 from diffaugkit.arrays import guess_range, to_numpy
 from diffaugkit.image_plotting import _draw, _image_shape, _method, _read, _rgb
+from diffaugkit.metrics.segmentation import _dice, _overlaps
 
 # The colours of Okabe and Ito (2008), which colour-blind readers tell apart, for labels 1, 2, ...
 _COLOURS = (
@@ -305,13 +308,9 @@ def _stacked(arrays):
     return np.stack(out)
 
 
-def _factor(shape):
-    """How many times tiles are enlarged, so that one pixel is a thin line."""
-    return max(1, -(-_LEAST_SIDE // min(shape[1:3])))
-
-
 def _enlarged(array):
-    factor = _factor(array.shape)
+    """Repeat the pixels of tiles (n, h, w, ...), so that one of the result is a thin line."""
+    factor = max(1, -(-_LEAST_SIDE // min(array.shape[1:3])))
     return array.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
@@ -330,32 +329,20 @@ def _painted(tiles, masks, background, palette, alpha, outline):
 
 def _edges(masks, width):
     """Pixels with another label at most `width` to the side, above or below."""
-    edges = np.zeros(masks.shape, bool)
-    for axis in (1, 2):
-        for step in range(1, width + 1):
-            if step >= masks.shape[axis]:
-                break
-            here, there = [slice(None)] * 3, [slice(None)] * 3
-            here[axis], there[axis] = slice(None, -step), slice(step, None)
-            other = masks[tuple(here)] != masks[tuple(there)]
-            edges[tuple(here)] |= other
-            edges[tuple(there)] |= other
-    return edges
+    least, greatest = (
+        [filter_1d(masks, 2 * width + 1, axis, mode="nearest") for axis in (1, 2)]
+        for filter_1d in (minimum_filter1d, maximum_filter1d)
+    )
+    return np.not_equal(least, greatest).any(axis=0)
 
 
 def _named(true, predicted, background):
     """Give each segment the label of the true region that it is matched with, or none."""
-    from scipy.optimize import linear_sum_assignment
-
-    labels, segments = (np.unique(mask) for mask in (true, predicted))
-    labels = labels[labels != background]
-    regions = [true == label for label in labels]
-    parts = [predicted == segment for segment in segments]
-    dice = np.array(
-        [[2 * (r & p).sum() / (r.sum() + p.sum()) for p in parts] for r in regions]
-    ).reshape(len(labels), len(segments))
+    labels, segments, shared = _overlaps(true, predicted)
+    dice = _dice(shared, shared.sum(axis=1), shared.sum(axis=0))
+    labels, dice = labels[labels != background], dice[labels != background]
     named = np.full_like(true, background)
     for i, j in zip(*linear_sum_assignment(dice, maximize=True), strict=True):
         if dice[i, j] > 0:
-            named[parts[j]] = labels[i]
+            named[predicted == segments[j]] = labels[i]
     return named

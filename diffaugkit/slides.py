@@ -234,7 +234,7 @@ def open_slide(slide):
     if hasattr(slide, "getbands"):
         _check_form(slide.mode in _MODES, f"mode {slide.mode}")
         return ArraySlide(_rgb(slide))
-    array = slide if isinstance(slide, np.ndarray) else np.asarray(slide)
+    array = np.asanyarray(slide)
     _check_form(array.ndim == 3 and array.shape[2] == 3, f"shape {array.shape}")
     _check_form(array.dtype == np.uint8, f"{array.dtype} pixels")
     return ArraySlide(array)

@@ -402,6 +402,7 @@ def test_counts_are_recognised():
     assert looks_like_counts(check_X(PCA(), ad.AnnData(counts.astype(np.float32)), reset=True))
     assert looks_like_counts(DenseRows(counts * 20))
     assert not looks_like_counts(DenseRows(counts))  # grades, digits, 8-bit pixels
+    assert not looks_like_counts(DenseRows(counts + np.float32(1e8)))  # where float32 is whole
     assert not looks_like_counts(SparseRows(sp.csr_array(np.minimum(counts, 1))))
     assert not looks_like_counts(SparseRows(sp.csr_array(np.log1p(counts))))
     assert not looks_like_counts(SparseRows(sp.csr_array(counts - 20)))

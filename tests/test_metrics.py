@@ -258,6 +258,20 @@ def test_kernel_distance_equals_the_double_loop(monkeypatch):
     assert kernel_distance(real, generated) == pytest.approx(whole, rel=1e-12)
 
 
+def test_kernel_distance_of_a_report_does_not_reward_nearness_to_sources():
+    found, plain = [], []
+    for seed in range(200):
+        real, noise = normal(20, 3, seed=seed), normal(20, 3, seed=1000 + seed)
+        generated = 0.8 * real + 0.6 * noise  # distributed as the real ones
+        found.append(quality_report(generated, np.arange(20), real).kernel_distance)
+        plain.append(kernel_distance(real, generated))
+    error = np.std(found) / np.sqrt(200)
+    assert abs(np.mean(found)) < 3 * error
+    assert np.mean(plain) < -3 * error
+    copies = quality_report(real, np.arange(20), real)
+    assert copies.kernel_distance == pytest.approx(0, abs=1e-12)
+
+
 def test_kernel_distance_is_unbiased():
     values = [
         kernel_distance(normal(20, 3, seed=i), normal(20, 3, seed=1000 + i)) for i in range(200)
@@ -468,7 +482,8 @@ def test_quality_report_equals_its_parts(blobs):
     assert (report.precision, report.recall) == precision_recall(X, generated)
     assert report.copy_ratio == copy_ratio(generated, source, X)
     assert report.frechet_distance == frechet_distance(X, generated)
-    assert report.kernel_distance == kernel_distance(X, generated)
+    # What is alike whatever the generator, a sample and its own source, is left out.
+    assert quality_report(generated, None, X).kernel_distance == kernel_distance(X, generated)
     assert report.real_label_consistency == 1.0
     assert report.label_consistency > 0.9
     assert report.label_consistency == pytest.approx(

@@ -91,7 +91,7 @@ KILLED = """
                 return run
 
             from diffaugkit import embedding_diffusion, encoder
-            encoder._Fit.loss = dies("E", encoder._Fit.loss)
+            encoder.VectorFit.loss = dies("E", encoder.VectorFit.loss)
             embedding_diffusion._Fit.loss = dies("M", embedding_diffusion._Fit.loss)
             os.replace, os.fsync = dies("replace", os.replace), dies("fsync", os.fsync)
             fitted = t.model(checkpoint_dir=folder, **options).fit(t.data())

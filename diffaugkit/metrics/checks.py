@@ -1,6 +1,6 @@
 """What the metrics share: checks of matrices, labels and folds, and features by an extractor."""
 
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
@@ -82,6 +82,12 @@ def check_neighbors(n_neighbors, available=None, what="real samples"):
         )
 
 
+def check_temperature(temperature):
+    """Refuse a temperature that is no number, or not above 0."""
+    if not isinstance(temperature, Real) or not temperature > 0:
+        raise ValueError(f"temperature must be a number > 0, got {temperature!r}.")
+
+
 def stratified_folds(codes, cv, random_state):
     """Return a stratified splitter for an int `cv`; rare classes may miss some folds."""
     if not isinstance(cv, Integral):
@@ -112,7 +118,7 @@ def unit_rows(X):
     return np.divide(X, norm, out=np.zeros_like(X), where=norm > 0, casting="same_kind")
 
 
-def extract_features(extractor, X, name="X", batch_size=256):
+def extract_features(extractor, X, name="X"):
     """Return the features of samples of any kind under an extractor; without one, the samples.
 
     An estimator gets all samples by `transform`, which knows how to read them; any other callable
@@ -123,7 +129,7 @@ def extract_features(extractor, X, name="X", batch_size=256):
     if hasattr(extractor, "transform"):
         features = np.asarray(to_numpy(extractor.transform(X)))
     elif callable(extractor):
-        parts = [to_numpy(extractor(X[rows])) for rows in gen_batches(len(X), batch_size)]
+        parts = [to_numpy(extractor(X[rows])) for rows in gen_batches(len(X), 256)]
         features = np.concatenate([np.asarray(part) for part in parts])
     else:
         raise TypeError(

@@ -164,15 +164,8 @@ def linear_probe_accuracy(
 
     Parameters
     ----------
-    X : array-like of shape (n_samples, n_features)
-        Embedding; standardised on the training part of each fold.
-    y : array-like of shape (n_samples,)
-        Class labels, at least two classes.
-    cv : int >= 2 or splitter, default=10
-        Number of stratified, shuffled folds, any scikit-learn splitter, or folds:
-        ``list(GroupKFold(5).split(X, y, groups))`` keeps groups together.
-    random_state : int, RandomState instance or None, default=0
-        Shuffles the folds.
+    X, y, cv, random_state
+        As for :func:`linear_svm_accuracy`.
 
     Returns
     -------

@@ -13,6 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.utils import check_consistent_length, gen_batches
 
 from diffaugkit.metrics.checks import (
+    about_center,
     check_labels,
     check_matrix,
     check_neighbors,
@@ -93,17 +94,9 @@ def kernel_distance(
 
     Parameters
     ----------
-    real : array-like of shape (n_real, n_features)
-        Real samples or their embedding, at least 2.
-    generated : array-like of shape (n_generated, n_features)
-        Generated ones in the same space, at least 2.
-    extractor : fitted estimator with `transform`, callable or None, default=None
-        Maps samples to the features that are compared: a fitted encoder, a callable on batches
-        (n, ...) -> (n, d), or :func:`~diffaugkit.metrics.inception_extractor`. Samples may then be
-        of any kind that it reads, such as 4-D images. None compares them as they are.
-    labels, generated_labels : array-like of shape (n_real,), (n_generated,), default=None
-        Classes of both sets, for one distance per class. Unlike the Frechet distance this
-        one does not grow as samples get fewer, it only gets noisier.
+    real, generated, extractor, labels, generated_labels
+        As for :func:`frechet_distance`. Unlike that one this distance does not grow as samples get
+        fewer, it only gets noisier.
 
     Returns
     -------
@@ -114,8 +107,7 @@ def kernel_distance(
     Raises
     ------
     ValueError
-        If shapes disagree, values are not finite, there are fewer than 2 samples (of a class), or
-        only one of `labels` and `generated_labels` is given, or they name other classes.
+        As for :func:`frechet_distance`.
 
     Examples
     --------
@@ -123,7 +115,7 @@ def kernel_distance(
     >>> kernel_distance([[0.0], [0.0]], [[1.0], [1.0]])
     7.0
     """
-    return _compare(_kernel, real, generated, extractor, labels, generated_labels)
+    return _compare(kernel_estimate, real, generated, extractor, labels, generated_labels)
 
 
 def precision_recall(
@@ -217,7 +209,7 @@ def copy_ratio(generated: ArrayLike, source: ArrayLike, real: ArrayLike) -> floa
     first = np.unique(group, return_index=True)[1]
     if len(first) < 2:
         raise ValueError("copy_ratio needs at least two different rows in real.")
-    points, by = _about_center(generated, real[first])
+    points, by = about_center(generated, real[first])
     neighbors = NearestNeighbors(n_neighbors=2).fit(by)
     nearest = neighbors.kneighbors(points, return_distance=False)
     is_source = nearest[:, 0] == group[source]
@@ -268,7 +260,7 @@ def nearest_training_samples(
     generated, real = check_pair(
         extract_features(extractor, generated, "generated"), extract_features(extractor, real)
     )
-    points, by = _about_center(generated, real)
+    points, by = about_center(generated, real)
     index = NearestNeighbors(n_neighbors=1).fit(by).kneighbors(points, return_distance=False)
     # Recomputed pair by pair: the search expands the square and so loses digits near zero.
     return _paired_distance(generated, real, index[:, 0]), index[:, 0]
@@ -370,13 +362,18 @@ def _gaussian_factor(X):
     return mean, factor / np.sqrt(n - 1)
 
 
-def _kernel(real, generated):
+def kernel_estimate(real, generated, source=None):
+    """Unbiased kernel distance; with sources (rows of `real`) but for each sample with its own."""
     n, m = len(real), len(generated)
-    within_real = (_kernel_sum(real, real) - _kernel_diagonal(real)) / (n * (n - 1))
-    within_generated = (_kernel_sum(generated, generated) - _kernel_diagonal(generated)) / (
-        m * (m - 1)
-    )
-    return float(within_real + within_generated - 2.0 * _kernel_sum(real, generated) / (n * m))
+    within_real = (_kernel_sum(real, real) - _kernel_diagonal(real, real)) / (n * (n - 1))
+    within_generated = (
+        _kernel_sum(generated, generated) - _kernel_diagonal(generated, generated)
+    ) / (m * (m - 1))
+    between, n_pairs = _kernel_sum(real, generated), n * m
+    if source is not None:
+        # Such a pair is no more independent than a sample and itself.
+        between, n_pairs = between - _kernel_diagonal(real[source], generated), n_pairs - m
+    return float(within_real + within_generated - 2.0 * between / n_pairs)
 
 
 def _kernel_sum(X, Y):
@@ -390,20 +387,14 @@ def _kernel_sum(X, Y):
     return total
 
 
-def _kernel_diagonal(X):
-    norms = np.einsum("ij,ij->i", X, X, dtype=np.float64)
-    return np.sum((norms / X.shape[1] + 1.0) ** 3)
-
-
-def _about_center(points, by):
-    """Move both to the mean of `by`: distances lose the digits that an offset has."""
-    center = by.mean(axis=0, dtype=np.float64)
-    return (points - center).astype(points.dtype), (by - center).astype(by.dtype)
+def _kernel_diagonal(X, Y):
+    products = np.einsum("ij,ij->i", X, Y, dtype=np.float64)
+    return np.sum((products / X.shape[1] + 1.0) ** 3)
 
 
 def _covered(points, *, by, k):
     """Return for each point whether it lies in the ball of any member of `by`."""
-    points, by = _about_center(points, by)
+    points, by = about_center(points, by)
     # The members are their own first neighbours, hence k + 1.
     radius = NearestNeighbors(n_neighbors=k + 1).fit(by).kneighbors(by)[0][:, -1]
     # Distances come from an expanded square with errors of about 1e-8 of the norms; without this

@@ -18,7 +18,7 @@ from scipy.ndimage import distance_transform_edt, zoom
 from sklearn.utils import gen_batches
 
 from diffaugkit.arrays import channel_last, guess_range, to_numpy
-from diffaugkit.metrics.checks import unit_rows
+from diffaugkit.metrics.checks import check_temperature, unit_rows
 
 # ------------------------------------------------------------------ copy detection
 
@@ -145,8 +145,7 @@ def propagate_labels(
             raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
     if radius is not None and (not isinstance(radius, Integral) or radius < 0):
         raise ValueError(f"radius must be an int >= 0 or None, got {radius!r}.")
-    if not isinstance(temperature, Real) or not temperature > 0:
-        raise ValueError(f"temperature must be a number > 0, got {temperature!r}.")
+    check_temperature(temperature)
     frames = [_unit_tokens(tokens, i) for i, tokens in enumerate(tokens_per_frame)]
     if len({tokens.shape for tokens in frames}) != 1:
         raise ValueError(

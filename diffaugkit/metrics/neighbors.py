@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,6 +22,7 @@ from diffaugkit.metrics.checks import (
     check_labels,
     check_matrix,
     check_neighbors,
+    check_temperature,
     in_columns_of,
     unit_rows,
 )
@@ -97,7 +97,7 @@ class WeightedKNNClassifier(ClassifierMixin, BaseEstimator):
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(y)
         check_neighbors(self.n_neighbors)
-        _check_temperature(self.temperature)
+        check_temperature(self.temperature)
         self.classes_, self._codes = np.unique(y, return_inverse=True)
         self._features = unit_rows(X)
         return self
@@ -301,11 +301,6 @@ def retrieval_map(
 
 
 # ------------------------------------------------------------------ helpers
-
-
-def _check_temperature(temperature):
-    if not isinstance(temperature, Real) or not temperature > 0:
-        raise ValueError(f"temperature must be a number > 0, got {temperature!r}.")
 
 
 def _labels(y, name, n):

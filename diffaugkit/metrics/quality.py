@@ -23,6 +23,7 @@ from diffaugkit.metrics.generation import (
     copy_ratio,
     frechet_distance,
     kernel_distance,
+    kernel_estimate,
     nearest_training_samples,
     precision_recall,
     source_rows,
@@ -53,7 +54,8 @@ class QualityReport:
     frechet_distance : float >= 0
         See :func:`frechet_distance`.
     kernel_distance : float
-        See :func:`kernel_distance`.
+        See :func:`kernel_distance`; a sample and its own source are no pair, as they are alike
+        whatever the generator.
     n_generated : int
         Number of generated samples; the distances depend on it: state it with them.
     n_real : int or None, default=None
@@ -212,7 +214,7 @@ or None
         recall=recall,
         copy_ratio=None if source is None else copy_ratio(generated, source, real),
         frechet_distance=frechet_distance(real, generated),
-        kernel_distance=kernel_distance(real, generated),
+        kernel_distance=kernel_estimate(real, generated, source),
         n_generated=len(generated),
         n_real=len(real),
         nearest_distance=float(np.median(nearest_training_samples(generated, real)[0])),
@@ -310,9 +312,7 @@ def make_generation_scorer(
     >>> search.fit(load_iris().data).best_params_
     {'n_components': 3}
     """
-    return _GenerationScorer(
-        score_func, extractor, method, n_samples, greater_is_better, dict(kwargs)
-    )
+    return _GenerationScorer(score_func, extractor, method, n_samples, greater_is_better, kwargs)
 
 
 #: Negative :func:`frechet_distance` of as many samples as are held out.
@@ -366,7 +366,7 @@ def make_embedding_scorer(
     >>> make_embedding_scorer(retrieval_map)(PCA(2).fit(X), X, y) > 0.7
     True
     """
-    return _EmbeddingScorer(score_func, method, dict(kwargs))
+    return _EmbeddingScorer(score_func, method, kwargs)
 
 
 # ------------------------------------------------------------------ helpers

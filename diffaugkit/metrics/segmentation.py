@@ -260,9 +260,6 @@ def specificity(
     return _ratio(counts[:, 0, 0][None], counts[:, 0].sum(axis=1)[None], average, zero_division)
 
 
-#: Larger is better; for estimators whose ``predict`` gives masks.
-
-
 class _PositiveScorer:
     """Score of the predicted classes, of two the second; a fold may hold one of them alone."""
 
@@ -280,6 +277,7 @@ class _PositiveScorer:
         return f"{self.score_func.__name__}_scorer"
 
 
+#: Larger is better; for estimators whose ``predict`` gives masks.
 dice_scorer = make_scorer(dice_score)
 iou_scorer = make_scorer(iou_score)
 #: Larger is better; for classifiers, and for estimators whose ``predict`` gives masks.
