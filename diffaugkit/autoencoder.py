@@ -417,10 +417,11 @@ class LatentAutoencoder(TorchTransformer):
         return self._in_batches(run, latents)
 
     def latent_shape(self, image_shape):
-        """Shape (c, h, w) of the latents of an image (C, H, W)."""
-        factor = self._factor()
+        """Shape (c, h, w) of the latents of an image (C, H, W); before ``fit`` from parameters."""
+        config = getattr(self, "_config", None) or self._make_config(image_shape[0])
+        factor = _factor(config)
         name = "vq_embed_dim" if self.kind == "vq" else "latent_channels"
-        channels = self._config.get(name) or self._config["latent_channels"]
+        channels = config.get(name) or config["latent_channels"]
         return (channels, *(-(-side // factor) for side in image_shape[1:]))
 
     # ---- pieces ----------------------------------------------------------------------------------
@@ -464,6 +465,10 @@ class LatentAutoencoder(TorchTransformer):
                 f"block_out_channels={widths!r} must have {n_levels} widths, one for each halving "
                 f"up to downsampling={self.downsampling} and one more."
             )
+        # Groups of at least four channels, at most the usual 32 of them: where each channel has a
+        # norm of its own, the last one before the pixels forgets how bright an image is.
+        divides = math.gcd(*widths)
+        n_groups = max(n for n in (1, 2, 4, 8, 16, 32) if divides % (n * min(4, n)) == 0)
         channels = self.latent_channels
         if channels == "auto":
             channels = 3 if self.downsampling <= 4 else 4
@@ -475,7 +480,7 @@ class LatentAutoencoder(TorchTransformer):
             "block_out_channels": tuple(int(width) for width in widths),
             "layers_per_block": int(self.layers_per_block),
             "latent_channels": int(channels),
-            "norm_num_groups": math.gcd(*widths, 32),
+            "norm_num_groups": n_groups,
             "mid_block_add_attention": False,
         }
         if self.kind == "vq":
@@ -491,11 +496,8 @@ class LatentAutoencoder(TorchTransformer):
 
     def _raw_latents(self, images):
         x = _fit_channels(images, self._config["in_channels"])
-        out = self.module_.encode(_pad(x, self._factor()))
+        out = self.module_.encode(_pad(x, _factor(self._config)))
         return out.latents if self.kind == "vq" else out.latent_dist.mode()
-
-    def _factor(self):
-        return 2 ** (len(self._config["block_out_channels"]) - 1)
 
     def _in_batches(self, fn, tensor):
         """Run in batches of one size, the library's, so that a row does not see its neighbours."""
@@ -631,7 +633,7 @@ class _Fit:
 
     def __init__(self, estimator, networks, device):
         self.estimator, self.networks = estimator, networks
-        self.pixel_range, self.factor = estimator._pixel_range, estimator._factor()
+        self.pixel_range, self.factor = estimator._pixel_range, _factor(estimator._config)
         self.in_channels = estimator._config["in_channels"]
         self.regularizer_weight = 1.0 if estimator.kind == "vq" else estimator.kl_weight
         self.features = _features(estimator, device)
@@ -672,6 +674,11 @@ class _Fit:
         self.networks.n_steps += 1
         if self.step is not None:
             self.step += 1
+
+
+def _factor(config):
+    """Factor between the sides of images and latents."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def _pad(images, factor):
@@ -752,8 +759,7 @@ def _spread_codes(autoencoder, rows):
     """Start the codebook at latents of training images: codes far from all would never be used."""
     codes = autoencoder.quantize.embedding.weight
     index = torch.randperm(len(rows))[:256].sort().values.numpy()
-    factor = 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
-    images = _pad(to_unit(rows[index], rows.pixel_range), factor)
+    images = _pad(to_unit(rows[index], rows.pixel_range), _factor(autoencoder.config))
     latents = torch.cat([autoencoder.encode(part).latents for part in images.split(32)])
     latents = latents.permute(0, 2, 3, 1).flatten(0, 2)
     picked = latents[torch.randint(len(latents), (len(codes),))]

@@ -77,8 +77,8 @@ class DiffusionDetector(PretrainedUNet):
         class.
     validation_fraction : float or "auto", default="auto"
         Share of the images, or of the `groups`, by whose average precision, mean over IoU 0.5 to
-        0.95, the best epoch is chosen; with 0 the last epoch is kept. "auto" is a tenth, or 0 where
-        that is fewer than three.
+        0.95, the best epoch is chosen; with 0, or where these show no object, the last epoch is
+        kept. "auto" is a tenth, or 0 where that is fewer than three.
     overlap : float, default=0.25
         Prediction: share of a tile that the next one covers again. Objects are seen whole in some
         tile if they are smaller than that share.
@@ -269,7 +269,8 @@ class DiffusionDetector(PretrainedUNet):
         codes = self._encode(truth)
         pool = self._read_pool(unlabeled, images)
         seed = self._seed()
-        train, held = self._split(len(images), groups, seed)
+        shown = [row for row, image in enumerate(truth) if len(image["boxes"])]
+        train, held = self._split(len(images), groups, seed, shown)
         self.patch_shape_ = self._make_patch_shape(images)
         self.head_stride_ = self._make_head_stride(truth)
         self.diffusion_ = None

@@ -623,6 +623,8 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
                 raise ValueError(
                     f"X has {rows.shape[1]} channels, but the autoencoder was fitted on {known[2]}."
                 )
+        elif getattr(self.autoencoder, "pretrained", "unknown") is None:
+            clone(self.autoencoder).latent_shape(rows.shape[1:])  # refuses what does not fit
 
     def _denoiser_name(self, is_image):
         name = self.denoiser
@@ -810,7 +812,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             bar = stack.enter_context(
                 tqdm(
                     total=math.ceil(n / batch_size) * steps,
-                    desc="sampling",
+                    desc=f"{getattr(self, '_description', '')} sampling".strip(),
                     unit="step",
                     disable=not self.verbose,
                     leave=False,

@@ -43,12 +43,15 @@ from diffaugkit.embedding_diffusion import (
 )
 from diffaugkit.encoder import SelfSupervisedEncoder
 from diffaugkit.encoder_fits import draw_partners
+from diffaugkit.image_inputs import is_standard
 from diffaugkit.image_rows import ImageRows
-from diffaugkit.image_store import stored_samples
+from diffaugkit.image_store import refuse_other_run, stored_samples
 from diffaugkit.persistence import fingerprint
 from diffaugkit.runtime import mix_seed
 
 _VIEWS, _INTERPOLATIONS, _PARTNERS = 0, 1, 2
+# Stream of the noise of interpolations, the same however many views there are.
+_BETWEEN = 4, 1
 
 
 class GenSIS(TorchTransformer):
@@ -84,8 +87,9 @@ class GenSIS(TorchTransformer):
         paper's Table 11).
     store_dir : str, path-like or None, default=None
         Folder for the generated images, in checksummed shards: a killed fit that starts again
-        makes only what is missing. None keeps them in memory, or in `checkpoint_dir` if that is
-        given.
+        makes only what is missing, and one with more `n_views` only those. With
+        ``random_state=None`` the seed is then 0. None keeps them in memory, or in `checkpoint_dir`
+        if that is given.
     image_shape : tuple of (int, int, int) or None, default=None
         Height, width and channels of images given as rows of numbers.
     max_epochs : int or "auto", default="auto"
@@ -220,8 +224,11 @@ class GenSIS(TorchTransformer):
 
         Raises
         ------
+        NotFittedError
+            If a frozen part is not fitted.
         ValueError
-            For input that cannot be used, or groups of which there is only one.
+            For input that cannot be used, groups of which there is only one, a frozen diffusion of
+            other images, or a store of another run.
         """
         rows = self._check_input(X, reset=True, ensure_min_samples=2)
         if not rows.is_image:
@@ -237,10 +244,12 @@ class GenSIS(TorchTransformer):
         diffusion = self._generator(seed)
         if isinstance(diffusion, EmbeddingConditionedDiffusion):
             diffusion._check_parts(rows, conditional=True)
-        elif isinstance(diffusion, FrozenEstimator) and diffusion.estimator._condition is None:
-            raise ValueError(
-                "The frozen diffusion is unconditional: it cannot generate views of an image."
-            )
+        elif isinstance(diffusion, FrozenEstimator):
+            self._check_frozen(diffusion.estimator, rows)
+        streams = self._streams(interpolates, seed)
+        for name, stream in streams.items():
+            if (folder := self._store(name)) is not None:
+                refuse_other_run(folder, len(rows), self._settings(diffusion, stream))
 
         # Stage 1: hand-made views alone.
         if not isinstance(vanilla, FrozenEstimator):
@@ -255,12 +264,13 @@ class GenSIS(TorchTransformer):
         rng = np.random.default_rng(mix_seed(seed, _INTERPOLATIONS))
         alphas = rng.choice(alphas, size=len(rows)).astype(np.float32)
         positives = [
-            self._generate(rows, diffusion, embeddings, f"view-{view}", mix_seed(seed, view))
-            for view in range(self._n_views())
+            self._generate(rows, diffusion, embeddings, name, streams[name])
+            for name in map("view-{}".format, range(self._n_views()))
         ]
         interpolations = None
         if interpolates:
-            between = self._between(rows, diffusion, embeddings, partners, alphas, seed)
+            stream = streams.get("interpolation")
+            between = self._between(rows, diffusion, embeddings, partners, alphas, stream)
             interpolations = between, partners, alphas
         encoder.fit(rows, None, positives=positives or None, interpolations=interpolations)
 
@@ -443,36 +453,77 @@ class GenSIS(TorchTransformer):
         self._hand_over(part, random_state=seed, checkpoint_dir=self._folder(stage))
         part._description = f"Gen-SIS {stage}"
 
-    def _generate(self, rows, diffusion, conditions, name, seed):
+    def _check_frozen(self, model, rows):
+        """Refuse a fitted diffusion that cannot make images like these, before any work."""
+        check_is_fitted(model)
+        if model.image_shape_ is None or model._condition is None:
+            kind = "of vectors" if model.image_shape_ is None else "unconditional"
+            raise ValueError(
+                f"The frozen diffusion is {kind}: it cannot generate views of an image."
+            )
+        if tuple(model.image_shape_) != rows.image_shape:
+            raise ValueError(
+                f"X holds images (h, w, c) = {rows.image_shape}, but the frozen diffusion was "
+                f"fitted on {tuple(model.image_shape_)}. Resize or convert them."
+            )
+        ours, its = tuple(rows.pixel_range), tuple(model._pixel_range)
+        # Ranges that were learned from values differ between two sets of one scale.
+        if ours != its and any(is_standard(scale) for scale in (ours, its)):
+            raise ValueError(
+                f"X holds pixels from {ours[0]} to {ours[1]}, but the frozen diffusion was fitted "
+                f"on pixels from {its[0]} to {its[1]}, and generates such: give X on that scale."
+            )
+
+    def _seed(self):
+        # As with a `checkpoint_dir`: another start could use nothing of what was stored.
+        if self.random_state is None and self.store_dir is not None:
+            return 0
+        return super()._seed()
+
+    def _streams(self, interpolates, seed):
+        """Seed of each set of generated images, by its name in the store."""
+        streams = {f"view-{view}": mix_seed(seed, view) for view in range(self._n_views())}
+        if interpolates and self.interpolation != "pixels":
+            streams["interpolation"] = mix_seed(seed, *_BETWEEN)
+        return streams
+
+    def _store(self, name):
+        """Folder of a set of generated images, or None where they stay in memory."""
+        folder = self.store_dir or self._folder("samples")
+        return None if folder is None else Path(folder).expanduser() / name
+
+    def _settings(self, diffusion, stream):
+        """Tell images of this diffusion from others, as far as parameters do."""
+        generator = getattr(diffusion, "estimator", diffusion)
+        later = {name: getattr(generator, name) for name in generator._used_later}
+        return {"seed": int(stream), **described(generator), **later}
+
+    def _generate(self, rows, diffusion, conditions, name, stream):
         """Images under conditions, row by row, from memory or the store."""
-        folder, settings = self.store_dir or self._folder("samples"), {}
+        folder, settings = self._store(name), {}
+        generator = getattr(diffusion, "estimator", diffusion)
         if folder is not None:
-            folder = Path(folder).expanduser() / name
-            generator = getattr(diffusion, "estimator", diffusion)
             parts = [part.module_ for part in (generator, generator.autoencoder_) if part]
-            settings = {
-                "seed": int(seed),
+            settings = self._settings(diffusion, stream) | {
                 "generator": fingerprint(*parts),
                 "conditions": fingerprint(conditions),
-                **described(generator),
-                **{name: getattr(generator, name) for name in generator._used_later},
             }
 
         def generate(index):
             # A shard has a seed of its own: its images do not depend on the shards before it.
-            number = mix_seed(seed, int(index[0])) % 2**32
+            number = mix_seed(stream, int(index[0])) % 2**32
             made = diffusion.sample(conditions[index], random_state=number)
+            if isinstance(generator, EmbeddingConditionedDiffusion):
+                made = generator._image_rows(made)  # a frozen one may have another layout
             return self._check_input(made, reset=False)[np.arange(len(index))]
 
         return ImageRows.like(rows, stored_samples(folder, len(rows), generate, settings))
 
-    def _between(self, rows, diffusion, embeddings, partners, alphas, seed):
+    def _between(self, rows, diffusion, embeddings, partners, alphas, stream):
         if self.interpolation == "pixels":
             return ImageRows.like(rows, _blend(rows, partners, alphas))
         between = interpolate_rows(embeddings, embeddings[partners], alphas, self.interpolation)
-        return self._generate(
-            rows, diffusion, between, "interpolation", mix_seed(seed, self.n_views, 1)
-        )
+        return self._generate(rows, diffusion, between, "interpolation", stream)
 
     def _set_history(self, stages):
         import pandas as pd

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffaugkit.image_rows import BYTES, WORDS, scan_pixels
+from diffaugkit.image_rows import BYTES, WORDS, may_be_channels, scan_pixels
 from diffaugkit.rows import Rows
 
 __all__ = ["DatasetRows", "FileImageRows", "ShardRows", "list_images"]
@@ -259,10 +259,10 @@ class DatasetRows(_DecodedRows):
                 f"it is {_described(image)}; items are PIL images, tensors (C, H, W) or arrays "
                 "(H, W, C), alone or first in a tuple"
             )
-        if image.ndim == 3 and not 1 <= image.shape[2] <= 4:
+        if image.ndim == 3 and not may_be_channels(image.shape[2], image.shape[:2]):
             raise ValueError(
                 f"it has {image.shape[2]} channels; tensors are (C, H, W) and arrays (H, W, C) "
-                "with 1 to 4"
+                "with 1 to 4, or fewer than rows and columns"
             )
         return image
 
@@ -396,17 +396,30 @@ def list_images(folder):
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
     inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    found = [(str(path), "") for path in inside if _is_image_file(path.name) and path.is_file()]
+    # A link to nothing is listed too: reading it names it, where leaving it out would be silent.
+    found = [(str(path), "") for path in inside if _is_image_file(path.name) and not path.is_dir()]
     for place in (path for path in inside if path.is_dir()):
-        for root, _, names in sorted(os.walk(place, followlinks=True)):
-            parts = Path(root).relative_to(place).parts
-            if not any(part.startswith(".") for part in parts):
-                paths = (str(Path(root) / name) for name in sorted(names) if _is_image_file(name))
-                found += [(path, place.name) for path in paths]
+        for root, names in sorted(_walk(place)):
+            paths = (str(Path(root) / name) for name in sorted(names) if _is_image_file(name))
+            found += [(path, place.name) for path in paths]
     if not found:
         raise ValueError(f"Folder {folder} holds no images ({', '.join(_SUFFIXES)}).")
     paths, labels = zip(*found, strict=True)
     return np.array(paths), np.array(labels)
+
+
+def _walk(place):
+    """Yield the folders below one, itself included, and the names of their files."""
+    for root, folders, names in os.walk(place, followlinks=True):
+        own = Path(root).resolve()
+        above = (own, *own.parents)
+        # A link back up would list the same files again, forty times over.
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and (Path(root) / name).resolve() not in above
+        ]
+        yield root, names
 
 
 def expand_shards(pattern):
@@ -599,7 +612,7 @@ def _scan_shard(path):
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name = member.name
-                if not (member.isfile() and name.lower().endswith(_SUFFIXES)):
+                if not (member.isfile() and _is_image_file(name.rpartition("/")[2])):
                     continue
                 key = _key(name)
                 if key in before:

@@ -11,7 +11,7 @@ from diffaugkit.image_files import DatasetRows, FileImageRows, ShardRows, list_i
 from diffaugkit.image_rows import ImageRows
 from diffaugkit.rows import Rows
 
-__all__ = ["is_a", "reading_range", "rows_of_images"]
+__all__ = ["is_a", "is_standard", "reading_range", "rows_of_images"]
 
 # Images that are all darker than this share of the brightest pixel of the fit were divided by it.
 _LEAST_SHARE = 0.05
@@ -35,6 +35,11 @@ def is_a(X, package, name):
         base.__name__ == name and base.__module__.split(".")[0] == package
         for base in type(X).__mro__
     )
+
+
+def is_standard(pixel_range):
+    """Tell whether the ends of a pixel range are black and white, not the values of some images."""
+    return isinstance(pixel_range[1], int) or tuple(pixel_range) in ((0.0, 1.0), (-1.0, 1.0))
 
 
 def rows_of_images(X, known_shape=None, known_layout=None):
@@ -130,6 +135,14 @@ def _rows_of_list(X, known_shape, known_layout):
                 f"The image in row {row} has shape {shape}, but that in row 0 has {shapes[0]}: "
                 "all images must have one size and number of channels."
             )
+    types = [str(item.dtype).removeprefix("torch.") for item in items]
+    for row, kind in enumerate(types):
+        # Stacked, bytes would be read on the scale of floats, or the other way round.
+        if kind != types[0] and not kind.count("float") == types[0].count("float") == 1:
+            raise ValueError(
+                f"The image in row {row} is of {kind}, but that in row 0 of {types[0]}: all images "
+                "must be of one type, as their scales may differ."
+            )
     if hasattr(first, "detach"):
         import torch
 
@@ -174,8 +187,8 @@ def reading_range(name, rows, known):
     if own is None or known is None:
         return own
     known = tuple(known)
-    standard = known in ((0.0, 1.0), (-1.0, 1.0))
     by_type = isinstance(known[1], int)
+    standard = is_standard(known) and not by_type
     kind = "integers" if by_type else "floats"
     fitted = f"{name} was fitted on {kind} from {known[0]} to {known[1]}"
     if isinstance(own[1], int):

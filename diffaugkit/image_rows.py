@@ -13,7 +13,14 @@ import numpy as np
 from diffaugkit.arrays import standard_range
 from diffaugkit.rows import Rows
 
-__all__ = ["ImageRows", "from_unit", "resolve_image_shape", "scan_pixels", "to_unit"]
+__all__ = [
+    "ImageRows",
+    "from_unit",
+    "may_be_channels",
+    "resolve_image_shape",
+    "scan_pixels",
+    "to_unit",
+]
 
 BYTES, WORDS = (0, 255), (0, 65535)
 _LAYOUTS = ("channels_last", "channels_first", "grey", "flat")
@@ -290,6 +297,11 @@ def scan_pixels(rows):
     return standard_range(low, high), (low, high)
 
 
+def may_be_channels(n_channels, sides):
+    """Tell channels from a side: up to four, or, of fluorescence say, fewer than both sides."""
+    return 1 <= n_channels <= 4 or 4 < n_channels < min(sides)
+
+
 def _layout_of(array, is_tensor, image_shape):
     """Tell how an array lies by its number of axes and its kind."""
     shape = array.shape
@@ -321,8 +333,7 @@ def _permuted(array, layout, image_shape):
         first = layout == "channels_first"
         axis, other = (1, 3) if first else (3, 1)
         n_channels, sides = array.shape[axis], array.shape[2:] if first else array.shape[1:3]
-        # More than four, of fluorescence say, are told from a side by being fewer.
-        if not (1 <= n_channels <= 4 or 4 < n_channels < min(sides)):
+        if not may_be_channels(n_channels, sides):
             kind = "a channel-first tensor" if first else "a channel-last array"
             swap = ".permute(0, 3, 1, 2)" if first else ".transpose(0, 2, 3, 1)"
             fix = f"; give X{swap}" if 1 <= array.shape[other] <= 4 else ""

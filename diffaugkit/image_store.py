@@ -6,6 +6,7 @@ made again; one that is damaged is made anew. What the samples depend on (weight
 is written beside them, so that a store of another generator is refused instead of mixed in.
 """
 
+import contextlib
 import itertools
 import json
 import warnings
@@ -18,7 +19,7 @@ from diffaugkit.persistence import ModelFileError, read_folder, write_folder
 from diffaugkit.rows import Rows
 from diffaugkit.runtime import process_rank
 
-__all__ = ["StoredRows", "stored_samples"]
+__all__ = ["StoredRows", "refuse_other_run", "stored_samples"]
 
 # Samples in a shard: what a killed run has to make again at most.
 _SHARD = 1024
@@ -127,6 +128,24 @@ def stored_samples(
     return _read_store(folder, starts, in_memory_bytes)
 
 
+def refuse_other_run(folder, n, settings):
+    """Refuse a folder of samples of another run as far as can be told before the generator is made.
+
+    Parameters
+    ----------
+    folder, n, settings
+        As for :func:`stored_samples`; `settings` may be a part of those.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds samples of another run.
+    """
+    for path in sorted(Path(folder).glob("shard-*"))[:1]:
+        with contextlib.suppress(ModelFileError):  # a damaged one is made anew later
+            _refuse(path, read_folder(path)[1], {**settings, "n": int(n)})
+
+
 def _is_whole(path, settings):
     """Whether a shard is there, undamaged and of this run."""
     if not (path / "manifest.json").exists():
@@ -138,6 +157,11 @@ def _is_whole(path, settings):
         for file in path.iterdir():
             file.unlink()
         return False
+    _refuse(path, document, settings)
+    return True
+
+
+def _refuse(path, document, settings):
     known = document.get("settings", {})
     others = [key for key in settings if known.get(key) != settings[key]]
     if others:
@@ -146,7 +170,6 @@ def _is_whole(path, settings):
             f"{path.parent} holds generated samples of another run; they differ in {said}. Choose "
             "another folder, or remove that one."
         )
-    return True
 
 
 def _read_store(folder, starts, in_memory_bytes):

@@ -6,6 +6,7 @@ groups, the network, and its pre-training by denoising or one of the paper's oth
 
 import copy
 import os
+import warnings
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -245,8 +246,12 @@ class PretrainedUNet(TorchEstimator):
     def _gate(self):
         return {"image_shape": self.image_shape, "images": True}
 
-    def _split(self, n, groups, seed):
-        """Numbers of the images to train on, and of those held out or None, by whole groups."""
+    def _split(self, n, groups, seed, labelled=slice(None)):
+        """Numbers of the images to train on, and of those held out or None, by whole groups.
+
+        `labelled` are the numbers of images that show an object: without any of them held out
+        scores would tell nothing, or be best where nothing is found.
+        """
         units = np.arange(n) if groups is None else check_groups(groups, n)
         names, unit = np.unique(units, return_inverse=True)
         fraction = self.validation_fraction
@@ -257,6 +262,15 @@ class PretrainedUNet(TorchEstimator):
             return np.arange(n), None
         order = np.random.default_rng(self._child_seed(seed, 4)).permutation(len(names))
         is_held = np.isin(unit, order[:n_held])
+        if not is_held[labelled].any():
+            warnings.warn(
+                f"None of the {is_held.sum()} images that validation_fraction="
+                f"{self.validation_fraction!r} holds out shows an object, so that they tell "
+                "nothing of an epoch: nothing is held out, and the last epoch is kept.",
+                UserWarning,
+                stacklevel=4,
+            )
+            return np.arange(n), None
         return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
     def _make_patch_shape(self, images):

@@ -76,9 +76,10 @@ class DiffusionSegmenter(PretrainedUNet):
     ignore_label : int or None, default=None
         Label of pixels that count nowhere.
     validation_fraction : float or "auto", default="auto"
-        Share of the images, or of the `groups`, by whose Dice the best epoch is chosen; with 0 the
-        last epoch is kept. "auto" is the paper's tenth, or 0 where that is fewer than three: one
-        image that is held out tells little of an epoch, and is missed where masks are few.
+        Share of the images, or of the `groups`, by whose Dice the best epoch is chosen; with 0, or
+        where these show no object, the last epoch is kept. "auto" is the paper's tenth, or 0 where
+        that is fewer than three: one image that is held out tells little of an epoch, and is missed
+        where masks are few.
     overlap : float, default=0.25
         Prediction: share of a tile that the next one covers again. Below 0.5 the middle of a tile
         is its own prediction.
@@ -268,7 +269,8 @@ class DiffusionSegmenter(PretrainedUNet):
         targets = self._encode(read_masks(masks, images))
         pool = self._read_pool(unlabeled, images)
         seed = self._seed()
-        train, held = self._split(len(images), groups, seed)
+        shown = [row for row, mask in enumerate(targets) if ((mask > 0) & (mask < IGNORED)).any()]
+        train, held = self._split(len(images), groups, seed, shown)
         self.patch_shape_ = self._make_patch_shape(images)
         self.diffusion_ = None
 
@@ -430,11 +432,11 @@ class DiffusionSegmenter(PretrainedUNet):
         """Masks as bytes: the position of a label in ``classes_``, and `IGNORED`."""
         if reset:
             self._one_label = self.image_shape_[:2] == (1, 1)
-            if self.classes is None:
+            found = self.classes
+            if found is None:
                 found = np.unique(np.concatenate([np.unique(mask) for mask in masks]))
-                self.classes_ = found[found != self.ignore_label]
-            else:
-                self.classes_ = np.asarray(self.classes)
+            found = np.ravel(found)
+            self.classes_ = found[found != self.ignore_label]
             named = self.classes_.tolist()
             if len(set(named)) < len(named):
                 raise ValueError(f"classes={named} names a class twice.")

@@ -38,10 +38,11 @@ from diffaugkit.base import (
     all_or_nothing,
 )
 from diffaugkit.data import check_X
-from diffaugkit.denoisers import UNetDenoiser, unet_size
-from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion
+from diffaugkit.denoisers import UNetDenoiser, record_attention, unet_size
+from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, _mean_maps
 from diffaugkit.image_rows import ImageRows
 from diffaugkit.metrics import matched_dice, matched_iou
+from diffaugkit.runtime import isolated_rng
 
 # Most positions that attend in the "auto" diffusion: a grid of 32 x 32.
 _AUTO_POSITIONS = 1024
@@ -262,22 +263,15 @@ class ZeroShotSegmenter(TorchEstimator):
             )
         diffusion = self._make_diffusion(rows)
         if not frozen:
+            self._check_unfitted(diffusion, rows)
             diffusion.fit(rows)
         self._set_fitted(diffusion)
 
         if self.n_segments is None and self.merge_threshold == "auto":
             self.merge_threshold_ = self._find_threshold(rows)
             return self
-        attention, shape, _ = self._attention(rows, 0)  # so that what it has not is refused here
-        if self.n_segments is None:
-            self.merge_threshold_ = float(self.merge_threshold)
-            return self
-        if self.n_segments > len(attention):
-            raise ValueError(
-                f"n_segments={self.n_segments}, but the attention maps of these images have "
-                f"{len(attention)} positions, {shape[0]} x {shape[1]}."
-            )
-        self.merge_threshold_ = None
+        self._attention(rows, 0)  # so that what it has not is refused here
+        self.merge_threshold_ = None if self.n_segments else float(self.merge_threshold)
         return self
 
     def predict(self, X):
@@ -439,6 +433,46 @@ class ZeroShotSegmenter(TorchEstimator):
                 f"{model.n_timesteps}."
             )
 
+    def _check_unfitted(self, diffusion, rows):
+        """Refuse what the U-Net will not have before anything is trained."""
+        if self.conditional and diffusion.encoder is None:
+            raise ValueError(
+                "conditional=True, but the diffusion has encoder=None, so that there are no "
+                "embeddings: give an EmbeddingConditionedDiffusion with an encoder."
+            )
+        diffusion._check_parts(rows, diffusion.encoder is not None)
+        shape = rows.shape[1:]
+        if diffusion.autoencoder is not None:
+            autoencoder = getattr(diffusion.autoencoder, "estimator", diffusion.autoencoder)
+            if not hasattr(autoencoder, "module_") and autoencoder.pretrained is not None:
+                return  # its weights say how large latents are
+            shape = autoencoder.latent_shape(shape)
+        with isolated_rng(0):
+            module = diffusion._make_module(shape, 0)
+        if not isinstance(module, UNetDenoiser):
+            raise self._no_unet(diffusion)
+        with torch.no_grad(), record_attention(module) as found:
+            module(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))
+        maps = _mean_maps(found.self_attention, module.multiple, shape[1:])
+        self._choose_resolution(maps)
+
+    def _choose_resolution(self, sizes):
+        """Pick the resolution on which maps are merged, out of those that there are."""
+        shape = tuple(self.resolution)
+        if self.resolution == "finest":
+            shape = max(sizes, key=lambda size: size[0] * size[1])
+        if shape not in sizes:
+            raise ValueError(
+                f"resolution={self.resolution!r} is none of the attention's: "
+                f"{', '.join(map(str, sorted(sizes)))}."
+            )
+        if (self.n_segments or 0) > shape[0] * shape[1]:
+            raise ValueError(
+                f"n_segments={self.n_segments}, but the attention maps of these images have "
+                f"{shape[0] * shape[1]} positions, {shape[0]} x {shape[1]}."
+            )
+        return shape
+
     def _attention(self, rows, i):
         """Return maps of one image (n, n), rows and columns of their grid, and pixels of a cell."""
         model = self._model()
@@ -448,13 +482,7 @@ class ZeroShotSegmenter(TorchEstimator):
         maps = model.attention_maps(image, t=self.timestep_, conditional=self.conditional)
         inner = model._space_of().shape[1:]
         strides = {size: _stride(size, inner, model.module_.multiple) for size in maps}
-        finest = max(maps, key=lambda size: size[0] * size[1])
-        shape = finest if self.resolution == "finest" else tuple(self.resolution)
-        if shape not in maps:
-            raise ValueError(
-                f"resolution={self.resolution!r} is none of the attention's: "
-                f"{', '.join(map(str, sorted(maps)))}."
-            )
+        shape = self._choose_resolution(maps)
         device = self._device()
         maps = {size: torch.from_numpy(found[0]).to(device) for size, found in maps.items()}
         # A latent stands for several pixels.

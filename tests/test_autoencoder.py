@@ -102,6 +102,15 @@ def test_layout_kind_and_range_follow_the_input(colour):
         assert made.max() <= high, name
 
 
+def test_images_keep_their_brightness():
+    # With a norm for each channel alone flat images came back in the wrong grey, at 20 decibels.
+    grey = np.random.default_rng(0).integers(0, 256, (240, 1, 1), dtype=np.uint8)
+    X = np.broadcast_to(grey, (240, 4, 4))
+    model = tiny(max_epochs=25, batch_size=20).fit(X[:200])
+    assert model.score(X[200:]) > 23
+    assert min(model.module_.config.block_out_channels) // model.module_.config.norm_num_groups >= 4
+
+
 def test_rows_do_not_see_each_other(colour, fitted):
     whole = fitted.transform(colour)
     for part in (slice(0, 1), slice(3, 20), slice(39, 40)):

@@ -569,6 +569,17 @@ def test_a_fitted_diffusion_gives_its_unet(data):
         tiny(diffusion=frozen).fit(X[..., 0], boxes)
 
 
+def test_held_out_images_without_objects_choose_no_epoch(data):
+    X, boxes = data
+    model = tiny(max_epochs=2, validation_fraction=0.25)
+    held = model._split(len(X), None, 0)[1]
+    none = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, int)}
+    boxes = [none if row in held else image for row, image in enumerate(boxes)]
+    with pytest.warns(UserWarning, match="holds out shows an object"):
+        model.fit(X, boxes)
+    assert "validation_ap" not in model.history_
+
+
 def test_the_best_epoch_is_kept(data):
     X, boxes = data
     model = tiny(max_epochs=6, validation_fraction=0.4, learning_rate=5e-3).fit(X, boxes)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -179,6 +180,44 @@ def test_frozen_parts_are_used_as_they_are(X, fitted):
     np.testing.assert_array_equal(model.augment(X[:2]), fitted.augment(X[:2]))
 
 
+def test_a_frozen_diffusion_of_other_images_is_refused_before_any_work(X, fitted, recorded):
+    def refused(diffusion, images, message, error=ValueError):
+        with pytest.raises(error, match=message):
+            tiny(diffusion=FrozenEstimator(diffusion)).fit(images)
+        assert recorded == {"fit": [], "sample": []}
+
+    # Bytes generated for images in [0, 1] were taken for values of up to 255 times white.
+    refused(fitted.diffusion_, X / 255, "pixels from 0.0 to 1.0, but .* fitted on pixels from 0 to")
+    refused(fitted.diffusion_, np.uint16(X) * 257, "pixels from 0 to 65535, but")
+    refused(fitted.diffusion_, X[:, :4], r"\(4, 8, 1\), but the frozen diffusion was fitted on")
+    refused(tiny_diffusion(), X, "not fitted", NotFittedError)
+
+
+def test_a_frozen_diffusion_may_have_another_layout(X, fitted):
+    tensors = torch.from_numpy(X).permute(0, 3, 1, 2)
+    embeddings = fitted.vanilla_encoder_.transform(X)
+    frozen = FrozenEstimator(fitted.vanilla_encoder_)
+    found = [
+        tiny(encoder=frozen, diffusion=FrozenEstimator(diffusion)).fit(X).transform(X)
+        for diffusion in (
+            tiny_diffusion(random_state=0).fit(images, embeddings=embeddings)
+            for images in (X, tensors, X[..., 0])
+        )
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_a_store_grows_by_more_views_and_needs_no_seed(X, tmp_path, recorded):
+    first = tiny(store_dir=tmp_path / "a", random_state=None).fit(X)
+    n_calls = len(recorded["sample"])
+    again = tiny(store_dir=tmp_path / "a", random_state=None).fit(X)
+    assert len(recorded["sample"]) == n_calls
+    np.testing.assert_array_equal(first.transform(X), again.transform(X))
+    tiny(store_dir=tmp_path / "a", random_state=None, n_views=3).fit(X)
+    assert len(recorded["sample"]) == n_calls + 2
+
+
 def test_images_are_made_once(X, tmp_path, recorded):
     first = tiny(store_dir=tmp_path / "store", n_views=2).fit(X)
     assert {path.name for path in (tmp_path / "store").iterdir()} == {
@@ -192,8 +231,12 @@ def test_images_are_made_once(X, tmp_path, recorded):
     np.testing.assert_array_equal(first.transform(X), again.transform(X))
     in_memory = tiny(n_views=2).fit(X)
     np.testing.assert_array_equal(first.transform(X), in_memory.transform(X))
-    with pytest.raises(ValueError, match="another run"):
+    n_fits = len(recorded["fit"])
+    with pytest.raises(ValueError, match="another run; they differ in seed"):
         tiny(store_dir=tmp_path / "store", n_views=2, random_state=1).fit(X)
+    with pytest.raises(ValueError, match="another run; they differ in n "):
+        tiny(store_dir=tmp_path / "store", n_views=2).fit(X[:30])
+    assert len(recorded["fit"]) == n_fits  # before any work
 
 
 def test_a_killed_fit_goes_on(X, tmp_path, monkeypatch, recorded):

@@ -364,6 +364,25 @@ def test_folders_as_in_torchvision(truth, tmp_path):
     assert list_images(tmp_path)[1].tolist() == ["", *found]
 
 
+def test_links_in_folders(truth, tmp_path):
+    write_folder(tmp_path / "images", truth, ".png", ["a/deep", "b"] * (N // 2))
+    write_folder(tmp_path / "elsewhere", truth[:2], ".png")
+    paths = list_images(tmp_path / "images")[0].tolist()
+    # A link back up listed every image some forty times.
+    for place in ("a/up", "a/deep/self", "b/sibling"):
+        target = {"a/up": "images", "a/deep/self": "images/a/deep", "b/sibling": "elsewhere"}[place]
+        (tmp_path / "images" / place).symlink_to(tmp_path / target, target_is_directory=True)
+    more = [str(path) for path in sorted((tmp_path / "images/b/sibling").iterdir())]
+    assert sorted(list_images(tmp_path / "images")[0]) == sorted([*paths, *more])
+    # What points nowhere is named, in the folder itself as below.
+    for place in ("x.png", "a/x.png"):
+        link = tmp_path / "images" / place
+        link.symlink_to(tmp_path / "nothing")
+        with pytest.raises(ValueError, match=r"x\.png cannot be read"):
+            gate(tmp_path / "images")
+        link.unlink()
+
+
 def test_cross_validation_on_arrays_of_paths(truth, tmp_path):
     write_folder(tmp_path, truth, labels=["ab"[i % 2] for i in range(N)])
     paths, labels = list_images(tmp_path)
@@ -653,6 +672,12 @@ def test_mixed_images_are_named(truth, grey, tmp_path):
         gate(images)
     with pytest.raises(ValueError, match=r"image in row 2 has shape \(4, 7, 3\)"):
         gate([*truth[:2], truth[2][:4]])
+    # Stacked, the second would be black beside the first.
+    for as_given in (np.asarray, torch.from_numpy):
+        mixed = [as_given(truth[0]), as_given(truth[1] / 255)]
+        with pytest.raises(ValueError, match=r"image in row 1 is of float64, but .* 0 of uint8"):
+            gate(mixed)
+    assert gate([truth[0] / 255, np.float32(truth[1] / 255)]).pixel_range == (0, 1)
     for odd in (truth[0][:4], truth[0].astype(np.float32), grey[0], "text"):
         with pytest.raises(ValueError, match="Item 2 of the Dataset"):
             gate(Items([truth[0], truth[1], odd]))
@@ -809,6 +834,9 @@ def test_broken_shards_are_named(truth, tmp_path):
     write_shard(path, [("0.png", png(truth[0])), ("1.png", png(truth[1][:3]))])
     with pytest.raises(ValueError, match=r"Member 1.png of shard .* has 7 x 3 pixels"):
         gate(path)
+    # Archives of a Mac hold a file of its own beside each.
+    write_shard(path, [("./0.png", png(truth[0])), ("./._0.png", b"Mac"), ("./._1.png", b"Mac")])
+    assert len(gate(path)) == 1
     write_shard(path, [("0.txt", b"text")])
     with pytest.raises(ValueError, match="no images"):
         gate(path)
@@ -893,4 +921,7 @@ def test_more_channels_than_four():
     for images in (X, tensor_of(X)):
         rows = check_X(Pixels(), images, reset=True, images=True)
         assert rows.shape == (6, 7, 12, 10)
+    assert gate(Items(list(X))).shape == gate(Items(list(tensor_of(X)))).shape == (6, 7, 12, 10)
+    for images in (X, tensor_of(X)):
+        rows = check_X(Pixels(), images, reset=True, images=True)
         np.testing.assert_array_equal(rows[:].permute(0, 2, 3, 1), X)

@@ -11,7 +11,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 import diffaugkit
-from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder
+from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder, SelfSupervisedEncoder
 from diffaugkit import spaces as spaces_file
 from diffaugkit.data import check_X
 from diffaugkit.denoisers import UNetDenoiser
@@ -295,6 +295,13 @@ def test_refusals(images, fitted):
         tiny(denoiser=_OneChannel()).fit(X, embeddings=embeddings)
     with pytest.raises(ValueError, match="random_flip=True flips pixels"):
         tiny(autoencoder=LatentAutoencoder(), random_flip=True).fit(X, embeddings=embeddings)
+
+    def started(epoch, history):
+        raise AssertionError("the encoder was trained first")
+
+    encoder = SelfSupervisedEncoder(max_epochs=1, callbacks=started)
+    with pytest.raises(ValueError, match="power of two"):
+        tiny(encoder=encoder, autoencoder=LatentAutoencoder(downsampling=3)).fit(X)
     with pytest.raises(ValueError, match="no encoder of its own"):
         fitted.augment(X)
     with pytest.raises(ValueError, match="embeddings have 11 features"):

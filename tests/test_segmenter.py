@@ -206,6 +206,19 @@ def test_the_best_epoch_is_kept(data):
     np.testing.assert_array_equal(kept.predict_proba(X), model.predict_proba(X))
 
 
+def test_held_out_images_without_objects_choose_no_epoch():
+    X, masks = blobs(8)
+    groups = np.arange(8) // 2
+    _, held = tiny(validation_fraction=0.25)._split(8, groups, 0)
+    X[held], masks[held] = X[held] // 4, 0  # nothing to be seen: an untrained network is right
+    model = tiny(validation_fraction=0.25, max_epochs=3)
+    with pytest.warns(UserWarning, match="None of the 2 images that validation_frac"):
+        model.fit(X, masks, groups=groups)
+    assert "validation_dice" not in model.history_
+    last = clone(model).set_params(validation_fraction=0.0).fit(X, masks)
+    np.testing.assert_array_equal(model.predict_proba(X), last.predict_proba(X))
+
+
 def test_keep_best():
     with isolated_rng(0):
         kept = KeepBest(torch.nn.Linear(2, 2))
@@ -336,6 +349,15 @@ def test_ignored_pixels_do_not_matter(data):
     assert set(np.unique(model.predict(X))) <= {0, 1}
     inverted = np.where(masks == 99, 99, model.predict(X))
     assert model.score(X, inverted) == 1.0
+
+
+def test_an_ignored_label_is_no_class(data):
+    X, masks = data
+    masks = np.where(np.arange(16) < 3, 9, masks)
+    model = tiny(ignore_label=9).fit(X, masks)
+    named = tiny(ignore_label=9, classes=[0, 1, 9]).fit(X, masks)
+    assert named.classes_.tolist() == model.classes_.tolist() == [0, 1]
+    np.testing.assert_array_equal(named.predict_proba(X), model.predict_proba(X))
 
 
 def test_missing_classes(data):

@@ -247,6 +247,31 @@ def test_as_many_segments_as_asked(X, diffusion):
 # ---- the estimator -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": (3, 3)}, r"resolution=\(3, 3\) is none of the attention's: .*12, 10"),
+        ({"n_segments": 121}, r"n_segments=121, but .* 120 positions, 12 x 10"),
+        ({"conditional": True}, "conditional=True, but the diffusion has encoder=None"),
+        ({"of": {"autoencoder": LatentAutoencoder(downsampling=3)}}, "must be a power of two"),
+        (
+            {"of": {"autoencoder": LatentAutoencoder(downsampling=2)}, "n_segments": 31},
+            r"30 positions, 6 x 5",
+        ),
+    ],
+)
+def test_what_the_network_will_not_have_is_refused_before_any_training(
+    X, monkeypatch, options, message
+):
+    def never(*args, **kwargs):
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr("diffaugkit.base.fit_loop", never)
+    options = dict(options)
+    with pytest.raises(ValueError, match=message):
+        tiny(tiny_diffusion(**options.pop("of", {})), **options).fit(X)
+
+
 def test_fit_predict_score(X, fitted):
     masks = fitted.predict(X)
     assert masks.shape == (24, 12, 10)
