@@ -8,7 +8,6 @@ from scipy.optimize import linear_sum_assignment
 
 from diffaugkit.arrays import guess_range, to_numpy
 from diffaugkit.image_plotting import _draw, _image_shape, _method, _read, _rgb
-from diffaugkit.metrics.segmentation import _dice, _overlaps
 
 # The colours of Okabe and Ito (2008), which colour-blind readers tell apart, for labels 1, 2, ...
 _COLOURS = (
@@ -338,6 +337,8 @@ def _edges(masks, width):
 
 def _named(true, predicted, background):
     """Give each segment the label of the true region that it is matched with, or none."""
+    from diffaugkit.metrics.segmentation import _dice, _overlaps  # and with it pandas
+
     labels, segments, shared = _overlaps(true, predicted)
     dice = _dice(shared, shared.sum(axis=1), shared.sum(axis=0))
     labels, dice = labels[labels != background], dice[labels != background]
