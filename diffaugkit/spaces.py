@@ -17,7 +17,6 @@ import tempfile
 from functools import partial
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from sklearn.decomposition import PCA
 
@@ -36,6 +35,7 @@ _LATENTS_IN_MEMORY = 2**28
 # batch is filled up: a larger one makes many samples faster, and a single one slower.
 _SAMPLING_ON_CPU = 2**15, 4, 128
 _SAMPLING_ON_GPU = 2**20, 16, 512
+# Stream of a seed for what components leave out.
 _RESIDUAL = 5
 
 
@@ -66,7 +66,7 @@ class ComponentSpace:
         mean, components, std = linear_space(rows, n_pcs)
         left = None
         if residual and components is not None:
-            left = _residual_std(rows, mean, components * std[:, None])
+            left = _residual_std(rows, components * std[:, None])
         # What has no spread must come back as it is: division by 0 avoided, the rest stays small,
         # by the measure of the data: features may be of any unit, and each of its own.
         least = 1e-8 * (float(np.max(std)) or 1.0)
@@ -214,17 +214,9 @@ class LatentSpace(PixelSpace):
         )
 
 
-def _residual_std(rows, mean, axes):
+def _residual_std(rows, axes):
     """Find the spread of each feature that axes (k, d) of their spread leave; None for none."""
-    squares = np.zeros(rows.shape[1])
-    for _, block in rows.blocks():
-        block = block.astype(np.float64)
-        if sp.issparse(block):
-            sums, own = (np.asarray(b.sum(axis=0)).ravel() for b in (block, block.multiply(block)))
-            squares += own - 2 * mean * sums + block.shape[0] * mean**2
-        else:
-            squares += ((block - mean) ** 2).sum(axis=0)
-    variances = squares / (len(rows) - 1)
+    variances = linear_space(rows, None)[2] ** 2
     left = variances - (axes**2).sum(axis=0)
     left = np.where(left > 1e-6 * variances, left, 0)
     return np.sqrt(left).astype(np.float32) if left.any() else None
