@@ -608,9 +608,9 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
             return features if own else found["features"][picked]
 
         report = quality_report(
+            spots,
             generated,
             place[found["source"][picked]],
-            spots,
             embed=embed,
             labels=labels,
             n_neighbors=min(self.n_neighbors, len(real) // 2),

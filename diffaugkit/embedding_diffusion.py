@@ -674,9 +674,9 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             return self._image_report(rows, latents, labels, seed)
         latents, spread = latents.numpy(), self._space["std"]
         return quality_report(
+            np.asarray(self._latents(rows)) * spread,
             latents * spread,
             np.arange(len(rows)),
-            np.asarray(self._latents(rows)) * spread,
             labels=labels,
             random_state=seed,
         )
@@ -685,14 +685,13 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         space = self._space_of()
         generated = self._image_rows(space.output(space.decode(latents)))
         if self.encoder_ is not None:
-            features = [self._embed(part) for part in (generated, rows)]
+            features = [self._embed(part) for part in (rows, generated)]
         else:
             pixels = CopySpace(rows, space, len(rows))
-            features = [pixels.of(part) for part in (generated, rows)]
+            features = [pixels.of(part) for part in (rows, generated)]
         return quality_report(
-            features[0],
+            *features,
             np.arange(len(rows)),
-            features[1],
             labels=labels,
             random_state=seed,
         )

@@ -372,9 +372,9 @@ class GenSIS(TorchTransformer):
         seed = call_seed(random_state, 0)
         made = self.diffusion_._augment(rows, real, 1, 1.0, seed)
         return quality_report(
+            real,
             self.vanilla_encoder_.transform(made),
             np.arange(len(rows)),
-            real,
             labels=labels,
             random_state=seed,
         )

@@ -901,7 +901,7 @@ def _copy_ratio(spots, real):
     """Median distance to the nearest real sample, as a share of that to the next."""
     if not len(spots) or (real == real[0]).all():
         return math.nan
-    return copy_ratio(spots, nearest_training_samples(spots, real)[1], real)
+    return copy_ratio(real, spots, nearest_training_samples(real, spots)[1])
 
 
 def _mean(values):

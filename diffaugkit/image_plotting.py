@@ -501,7 +501,7 @@ def _nearest_images(generated, real, n_rows, extractor, image_shape):
     known = _read(real, image_shape)
     if extractor is None:
         made, known_range = _read(generated, image_shape), guess_range(known)
-        pairs = (made, _range_beside(made, known, known_range)), (known, known_range)
+        pairs = (known, known_range), (made, _range_beside(made, known, known_range))
         # Bytes beside floats from 0 to 1 would lie far from their own copies.
         flat = [
             (X.reshape(len(X), -1).astype(np.float32) - low) / (high - low or 1.0)
@@ -509,7 +509,7 @@ def _nearest_images(generated, real, n_rows, extractor, image_shape):
         ]
         distance, index = nearest_training_samples(*flat)
     else:
-        distance, index = nearest_training_samples(generated, real, extractor=extractor)
+        distance, index = nearest_training_samples(real, generated, extractor=extractor)
     distance, index = distance.reshape(n_rows, -1), index.reshape(n_rows, -1)
     rows = index[np.arange(n_rows), distance.argmin(axis=1)]
     return known[rows]

@@ -121,7 +121,7 @@ for (name, augmenter), ax in zip(samplers.items(), axes, strict=True):
     # The source of each digit that was used most often, and five of what came from it.
     sources = [np.bincount(origin[labels == digit]).argmax() for digit in np.unique(labels)]
     shown = made[np.concatenate([np.resize(np.flatnonzero(origin == row), 5) for row in sources])]
-    distance, nearest = nearest_training_samples(shown.reshape(-1, 64), X_pool.reshape(-1, 64))
+    distance, nearest = nearest_training_samples(X_pool.reshape(-1, 64), shown.reshape(-1, 64))
     closest = distance.reshape(-1, 5).argmin(axis=1) + 5 * np.arange(len(sources))
     SampleGridDisplay(shown, few[sources], y_few[sources], X_pool[nearest[closest]]).plot(ax=ax)
     ax.set_title(name)

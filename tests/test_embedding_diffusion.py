@@ -53,7 +53,7 @@ def test_samples_keep_class_and_spread(digits_model):
     generated = model.augment(held_out)
     of_real = classify.score(held_out, held_out_y)
     assert of_real - classify.score(generated, held_out_y) < 0.12
-    assert 0.8 < spread_ratio(generated, held_out) < 1.2
+    assert 0.8 < spread_ratio(held_out, generated) < 1.2
     report = model.quality_report(X, y)
     assert report.label_consistency > 0.85
     assert 0.8 < report.spread_ratio < 1.2
@@ -108,7 +108,7 @@ def test_spread_and_classes_of_blobs(blobs, prediction_type, beta_schedule):
     generated = model.sample(PCA(3).fit_transform(X))
     assert KNeighborsClassifier(5).fit(X, labels).score(generated, labels) > 0.95
     real = PCA(8).fit(X)
-    spread = spread_ratio(real.transform(generated), real.transform(X))
+    spread = spread_ratio(real.transform(X), real.transform(generated))
     # Errors of a predicted noise come back multiplied by 1 / sqrt(alpha_bar) at the first step.
     assert 0.8 < spread < (1.5 if prediction_type == "epsilon" else 1.2)
 

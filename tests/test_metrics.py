@@ -25,7 +25,7 @@ from sklearn.model_selection import (
 )
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from diffaugkit import SelfSupervisedEncoder, metrics
 from diffaugkit.metrics import (
@@ -125,8 +125,8 @@ def test_columns_of_tables_go_by_name():
     real = pd.DataFrame(rng.normal(size=(60, 4)) * [1, 2, 3, 9], columns=list("abcd"))
     y = (real["a"] > 0).astype(int)
     moved = real[list("dbca")] + 0.01
-    assert label_consistency(moved, y, real, y, 1) > 0.95
-    assert frechet_distance(moved, real) == pytest.approx(4e-4, rel=1e-3)
+    assert label_consistency(real, y, moved, y, 1) > 0.95
+    assert frechet_distance(real, moved) == pytest.approx(4e-4, rel=1e-3)
 
 
 def test_neighbours_of_data_far_from_zero():
@@ -134,8 +134,8 @@ def test_neighbours_of_data_far_from_zero():
     y = (X[:, 0] > 0).astype(int)
     for offset in (1e8, -3e8):
         assert knn_accuracy(X + offset, y) == pytest.approx(knn_accuracy(X, y), abs=0.01)
-        far = label_consistency(X[:100] + offset, y[:100], X[100:] + offset, y[100:])
-        near = label_consistency(X[:100], y[:100], X[100:], y[100:])
+        far = label_consistency(X[100:] + offset, y[100:], X[:100] + offset, y[:100])
+        near = label_consistency(X[100:], y[100:], X[:100], y[:100])
         assert far == pytest.approx(near, abs=0.02)
 
 
@@ -161,11 +161,11 @@ def test_kmeans_scores(blobs):
 
 def test_label_consistency(blobs):
     X, y = blobs
-    assert label_consistency(X + 0.01, y, X, y) == 1.0
-    assert label_consistency(X, (y + 1) % 3, X, y) == 0.0
+    assert label_consistency(X, y, X + 0.01, y) == 1.0
+    assert label_consistency(X, y, X, (y + 1) % 3) == 0.0
     rows = np.arange(0, 120, 2)
     expected = KNeighborsClassifier(3).fit(X, y).score(X[rows] + 2.0, y[rows])
-    result = label_consistency(X[rows] + 2.0, y[rows], X, y, n_neighbors=3)
+    result = label_consistency(X, y, X[rows] + 2.0, y[rows], n_neighbors=3)
     assert result == pytest.approx(expected)
 
 
@@ -225,10 +225,10 @@ def test_distances_do_not_change_with_order_or_rotation(seed):
         assert score(rng.permutation(real), rng.permutation(generated)) == pytest.approx(value)
         assert score(real @ rotation, generated @ rotation) == pytest.approx(value)
     source = rng.integers(30, size=25)
-    value = copy_ratio(generated, source, real)
+    value = copy_ratio(real, generated, source)
     order = rng.permutation(30)
-    assert copy_ratio(generated, np.argsort(order)[source], real[order]) == pytest.approx(value)
-    assert copy_ratio(2 * generated + 1, source, 2 * real + 1) == pytest.approx(value)
+    assert copy_ratio(real[order], generated, np.argsort(order)[source]) == pytest.approx(value)
+    assert copy_ratio(2 * real + 1, 2 * generated + 1, source) == pytest.approx(value)
 
 
 def slow_kernel_distance(X, Y):
@@ -263,12 +263,12 @@ def test_kernel_distance_of_a_report_does_not_reward_nearness_to_sources():
     for seed in range(200):
         real, noise = normal(20, 3, seed=seed), normal(20, 3, seed=1000 + seed)
         generated = 0.8 * real + 0.6 * noise  # distributed as the real ones
-        found.append(quality_report(generated, np.arange(20), real).kernel_distance)
+        found.append(quality_report(real, generated, np.arange(20)).kernel_distance)
         plain.append(kernel_distance(real, generated))
     error = np.std(found) / np.sqrt(200)
     assert abs(np.mean(found)) < 3 * error
     assert np.mean(plain) < -3 * error
-    copies = quality_report(real, np.arange(20), real)
+    copies = quality_report(real, real, np.arange(20))
     assert copies.kernel_distance == pytest.approx(0, abs=1e-12)
 
 
@@ -307,7 +307,7 @@ def test_precision_recall_extremes():
     assert precision_recall(X, X[::-1] * 1e-3)[0] == 1.0
 
 
-def slow_copy_ratio(generated, source, real):
+def slow_copy_ratio(real, generated, source):
     ratios = []
     for g, s in zip(generated, source, strict=True):
         others = [np.linalg.norm(g - r) for r in real if not np.array_equal(r, real[s])]
@@ -320,33 +320,33 @@ def test_copy_ratio_equals_the_definition(noise):
     real = np.r_[normal(60, 4), normal(60, 4)[:5]]
     source = np.random.default_rng(3).integers(65, size=101)
     generated = real[source] + noise * normal(101, 4, seed=4)
-    value = copy_ratio(generated, source, real)
-    assert value == pytest.approx(slow_copy_ratio(generated, source, real), rel=1e-10)
-    assert copy_ratio(generated, real[source], real) == value
+    value = copy_ratio(real, generated, source)
+    assert value == pytest.approx(slow_copy_ratio(real, generated, source), rel=1e-10)
+    assert copy_ratio(real, generated, real[source]) == value
     if noise == 0.0:
         assert value == 0.0
 
 
 def test_copy_ratio_closed_forms():
     real = np.array([[0.0], [1.0], [10.0]])
-    assert copy_ratio([[0.5]], [0], real) == 1.0
-    assert copy_ratio([[0.8]], [0], real) == pytest.approx(4.0)
-    assert copy_ratio([[-1.0]], [0], real) == 0.5
-    assert copy_ratio([[1.0]], [0], real) == np.inf
+    assert copy_ratio(real, [[0.5]], [0]) == 1.0
+    assert copy_ratio(real, [[0.8]], [0]) == pytest.approx(4.0)
+    assert copy_ratio(real, [[-1.0]], [0]) == 0.5
+    assert copy_ratio(real, [[1.0]], [0]) == np.inf
     # A duplicate of the source is the source: a copy of a duplicated cell is still a copy.
-    assert copy_ratio([[0.0]], [0], [[0.0], [-0.0], [3.0]]) == 0.0
+    assert copy_ratio([[0.0], [-0.0], [3.0]], [[0.0]], [0]) == 0.0
     # Another precision of the same rows is recognised.
     wide = normal(9, 3)
-    assert copy_ratio(wide, wide.astype(np.float32), wide) == 0.0
+    assert copy_ratio(wide, wide, wide.astype(np.float32)) == 0.0
 
 
 def test_spread_ratio():
     X = normal(50, 3)
     assert spread_ratio(X, X) == 1.0
-    assert spread_ratio(3.0 * X + 7.0, X) == pytest.approx(3.0)
+    assert spread_ratio(X, 3.0 * X + 7.0) == pytest.approx(3.0)
     Y = normal(40, 3, seed=1) * [1.0, 2.0, 3.0]
     known = np.sqrt(np.trace(np.cov(Y.T)) / np.trace(np.cov(X.T)))
-    assert spread_ratio(Y, X) == pytest.approx(known)
+    assert spread_ratio(X, Y) == pytest.approx(known)
 
 
 # ------------------------------------------------------------------ extractors, classes, scorers
@@ -395,13 +395,13 @@ def test_distances_per_class(score):
 def test_nearest_training_samples():
     real = normal(200, 4)
     generated = np.r_[normal(30, 4, seed=1), real[:5]]
-    distance, index = nearest_training_samples(generated, real)
+    distance, index = nearest_training_samples(real, generated)
     all_pairs = cdist(generated, real)
     assert np.array_equal(index, all_pairs.argmin(axis=1))
     assert np.allclose(distance, all_pairs.min(axis=1), atol=1e-12)
     assert np.array_equal(distance[-5:], np.zeros(5))
     pca = PCA(2).fit(real)
-    distance, index = nearest_training_samples(generated, real, extractor=pca)
+    distance, index = nearest_training_samples(real, generated, extractor=pca)
     all_pairs = cdist(pca.transform(generated), pca.transform(real))
     assert np.array_equal(index, all_pairs.argmin(axis=1))
 
@@ -434,8 +434,9 @@ def test_scorers_with_other_settings(blobs):
     assert scorer(model, X) == -frechet_distance(X, X + 1.0, extractor=pca)
     scorer = make_generation_scorer(frechet_distance, n_samples=33)
     assert scorer(model, X) == -frechet_distance(X, model.sample(33)[0])
-    scorer = make_generation_scorer(spread_ratio, greater_is_better=True)
-    assert scorer(model, X) == spread_ratio(X, model.sample(120)[0])
+    # Real samples come first in every metric: three times their spread is 3, not a third.
+    scorer = make_generation_scorer(spread_ratio, method="transform", greater_is_better=True)
+    assert scorer(FunctionTransformer(lambda X: 3.0 * X), X) == pytest.approx(3.0)
     with pytest.raises(ValueError, match="PCA has no method 'sample'"):
         frechet_scorer(pca, X)
 
@@ -459,7 +460,7 @@ def test_scorers_of_encoders(blobs):
 
 def test_quality_report_of_copies_is_that_of_the_real_samples():
     X, y = make_blobs(120, centers=3, cluster_std=3.0, random_state=1)
-    report = quality_report(X, np.arange(120), X, labels=y)
+    report = quality_report(X, X, np.arange(120), labels=y)
     assert report.label_consistency == report.real_label_consistency
     assert 0.5 < report.real_label_consistency < 1.0
     assert (report.spread_ratio, report.precision, report.recall) == (1.0, 1.0, 1.0)
@@ -477,17 +478,17 @@ def test_quality_report_equals_its_parts(blobs):
     X, y = blobs
     source = np.random.default_rng(0).integers(120, size=80)
     generated = X[source] + normal(80, 4)
-    report = quality_report(generated, X[source], X, labels=y, n_neighbors=5, random_state=1)
-    assert report.spread_ratio == spread_ratio(generated, X)
+    report = quality_report(X, generated, X[source], labels=y, n_neighbors=5, random_state=1)
+    assert report.spread_ratio == spread_ratio(X, generated)
     assert (report.precision, report.recall) == precision_recall(X, generated)
-    assert report.copy_ratio == copy_ratio(generated, source, X)
+    assert report.copy_ratio == copy_ratio(X, generated, source)
     assert report.frechet_distance == frechet_distance(X, generated)
     # What is alike whatever the generator, a sample and its own source, is left out.
-    assert quality_report(generated, None, X).kernel_distance == kernel_distance(X, generated)
+    assert quality_report(X, generated).kernel_distance == kernel_distance(X, generated)
     assert report.real_label_consistency == 1.0
     assert report.label_consistency > 0.9
     assert report.label_consistency == pytest.approx(
-        label_consistency(generated, y[source], X, y, n_neighbors=5), abs=0.05
+        label_consistency(X, y, generated, y[source], n_neighbors=5), abs=0.05
     )
     assert not report.near_copies
 
@@ -497,7 +498,7 @@ def test_quality_report_has_no_source_among_the_voters():
     # would be kept; without it, no more than by chance.
     X, y = normal(300, 3), np.random.default_rng(1).integers(2, size=300)
     assert label_consistency(X, y, X, y, n_neighbors=1) == 1.0
-    report = quality_report(X, np.arange(300), X, labels=y, n_neighbors=1)
+    report = quality_report(X, X, np.arange(300), labels=y, n_neighbors=1)
     assert 0.35 < report.label_consistency < 0.65
 
 
@@ -505,8 +506,8 @@ def test_quality_report_measures_labels_in_the_embedding(blobs):
     X, y = blobs
     noisy = np.c_[X, 100.0 * normal(120, 1)]
     source = np.arange(120)
-    plain = quality_report(noisy, source, noisy, labels=y)
-    embedded = quality_report(noisy, source, noisy, labels=y, embed=lambda Z: Z[:, :4])
+    plain = quality_report(noisy, noisy, source, labels=y)
+    embedded = quality_report(noisy, noisy, source, labels=y, embed=lambda Z: Z[:, :4])
     assert plain.label_consistency < 0.9
     assert embedded.label_consistency == 1.0
     assert embedded.frechet_distance == plain.frechet_distance
@@ -516,8 +517,8 @@ def test_quality_report_of_images_under_an_extractor():
     images = np.random.default_rng(0).integers(255, size=(120, 4, 5, 3))
     y, source = np.arange(120) % 2, np.arange(119, -1, -1)
     features = channel_means(images)
-    report = quality_report(images[source], source, images, extractor=channel_means, labels=y)
-    assert report == quality_report(features[source], source, features, labels=y)
+    report = quality_report(images, images[source], source, extractor=channel_means, labels=y)
+    assert report == quality_report(features, features[source], source, labels=y)
     assert report.copy_ratio == 0.0
     with pytest.raises(ValueError, match="int row numbers"):
         quality_report(images, images, images, extractor=channel_means)
@@ -525,20 +526,20 @@ def test_quality_report_of_images_under_an_extractor():
 
 def test_quality_report_without_labels_or_sources(blobs):
     X, y = blobs
-    report = quality_report(X + 0.1, np.arange(120), X)
+    report = quality_report(X, X + 0.1, np.arange(120))
     assert report.label_consistency is None
     assert report.real_label_consistency is None
     assert report.copy_ratio > 0.0
-    report = quality_report(X + 0.1, None, X, labels=y)
+    report = quality_report(X, X + 0.1, labels=y)
     assert report.label_consistency is None
     assert report.real_label_consistency == 1.0
     assert report.copy_ratio is None
     assert not report.near_copies
     assert "copy ratio                 -" in str(report)
     with pytest.raises(ValueError, match="a label of its own"):
-        quality_report(X + 0.1, None, X, labels=np.arange(120))
+        quality_report(X, X + 0.1, labels=np.arange(120))
     with pytest.raises(ValueError, match=r"4 real samples .*: give more samples"):
-        quality_report(X[:5] + 0.1, None, X[:5])
+        quality_report(X[:5], X[:5] + 0.1)
 
 
 def test_quality_report_prints_and_tabulates():
@@ -564,8 +565,8 @@ PAIRWISE = [
     kernel_distance,
     precision_recall,
     spread_ratio,
-    lambda real, generated: copy_ratio(generated, np.zeros(len(generated), int), real),
-    lambda real, generated: quality_report(generated, None, real),
+    lambda real, generated: copy_ratio(real, generated, np.zeros(len(generated), int)),
+    lambda real, generated: quality_report(real, generated),
 ]
 
 
@@ -606,14 +607,14 @@ def test_one_sample_is_too_few(score):
         (lambda: linear_svm_accuracy(normal(9, 2), np.arange(9) % 2, cv=1), "at least 2"),
         (lambda: precision_recall(normal(5, 2), normal(9, 2)), "only 4 real samples besides"),
         (lambda: precision_recall(normal(9, 2), normal(5, 2)), "only 4 generated samples besides"),
-        (lambda: copy_ratio(normal(3, 2), [0, 1, 9], normal(9, 2)), "0 to 8, got 0 to 9"),
-        (lambda: copy_ratio(normal(3, 2), [0, 1, -1], normal(9, 2)), "0 to 8, got -1 to 1"),
-        (lambda: copy_ratio(normal(3, 2), [0, 1], normal(9, 2)), "inconsistent numbers"),
-        (lambda: copy_ratio(normal(3, 2), [0.0, 1.0, 2.0], normal(9, 2)), "int row numbers"),
-        (lambda: copy_ratio(normal(3, 2), normal(3, 2, seed=5), normal(9, 2)), "not a row of real"),
-        (lambda: copy_ratio(normal(3, 2), normal(3, 4), normal(9, 2)), "source has 4 features"),
-        (lambda: copy_ratio(normal(3, 2), [0, 1, 2], np.ones((9, 2))), "two different rows"),
-        (lambda: spread_ratio(normal(3, 2), np.ones((9, 2))), "all rows of real are equal"),
+        (lambda: copy_ratio(normal(9, 2), normal(3, 2), [0, 1, 9]), "0 to 8, got 0 to 9"),
+        (lambda: copy_ratio(normal(9, 2), normal(3, 2), [0, 1, -1]), "0 to 8, got -1 to 1"),
+        (lambda: copy_ratio(normal(9, 2), normal(3, 2), [0, 1]), "inconsistent numbers"),
+        (lambda: copy_ratio(normal(9, 2), normal(3, 2), [0.0, 1.0, 2.0]), "int row numbers"),
+        (lambda: copy_ratio(normal(9, 2), normal(3, 2), normal(3, 2, seed=5)), "not a row of real"),
+        (lambda: copy_ratio(normal(9, 2), normal(3, 2), normal(3, 4)), "source has 4 features"),
+        (lambda: copy_ratio(np.ones((9, 2)), normal(3, 2), [0, 1, 2]), "two different rows"),
+        (lambda: spread_ratio(np.ones((9, 2)), normal(3, 2)), "all rows of real are equal"),
         (lambda: frechet_distance(normal(9, 2), normal(9, 2), labels=[0] * 9), "both labels and"),
         (
             lambda: frechet_distance(
@@ -631,11 +632,11 @@ def test_one_sample_is_too_few(score):
             lambda: frechet_distance(normal(9, 2), normal(9, 2), extractor=lambda X: X[:1]),
             r"one row of features per sample: it gave shape \(1, 2\) for the 9 samples of real",
         ),
-        (lambda: label_consistency([[0.0]], ["x"], normal(9, 1), ["a"] * 9, 3), r"\['x'\]"),
-        (lambda: label_consistency([[0.0]], ["a"], normal(9, 1), ["a"] * 9), "only 9 real"),
+        (lambda: label_consistency(normal(9, 1), ["a"] * 9, [[0.0]], ["x"], 3), r"\['x'\]"),
+        (lambda: label_consistency(normal(9, 1), ["a"] * 9, [[0.0]], ["a"]), "only 9 real"),
         (
             lambda: quality_report(
-                normal(9, 2), None, normal(9, 2), labels=[0] * 9, embed=lambda Z: Z[:3]
+                normal(9, 2), normal(9, 2), labels=[0] * 9, embed=lambda Z: Z[:3]
             ),
             "one row per sample",
         ),
@@ -703,13 +704,13 @@ def test_offsets_change_no_distance():
     offset = np.full(20, 2.0**24)
     moved = real + offset, generated + offset
     real, generated = moved[0] - offset, moved[1] - offset  # what of it such numbers hold
-    expected = nearest_training_samples(generated, real)
-    for a, b in zip(nearest_training_samples(moved[1], moved[0]), expected, strict=True):
+    expected = nearest_training_samples(real, generated)
+    for a, b in zip(nearest_training_samples(*moved), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     assert precision_recall(*moved) == precision_recall(real, generated)
     source = np.arange(150)
-    assert copy_ratio(moved[1], source, moved[0]) == pytest.approx(
-        copy_ratio(generated, source, real)
+    assert copy_ratio(moved[0], moved[1], source) == pytest.approx(
+        copy_ratio(real, generated, source)
     )
     apart = np.column_stack([real[:, :5] + 6, 1.7e9 + rng.normal(size=200)])
     other = np.column_stack([generated[:, :5], 1.7e9 + rng.normal(size=150)])
@@ -719,4 +720,4 @@ def test_offsets_change_no_distance():
 @pytest.mark.parametrize("value", [0.1, 0.0, 1e9])
 def test_spread_of_equal_rows_is_undefined(value):
     with pytest.raises(ValueError, match="all rows of real are equal"):
-        spread_ratio(np.random.default_rng(0).normal(size=(10, 2)), np.full((10, 2), value))
+        spread_ratio(np.full((10, 2), value), np.random.default_rng(0).normal(size=(10, 2)))

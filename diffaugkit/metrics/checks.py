@@ -36,8 +36,8 @@ def in_columns_of(X, reference):
     return X[known] if same and own != known else X
 
 
-def check_pair(generated, real, min_samples=1):
-    """Return (generated, real) as matrices of one width and one dtype."""
+def check_pair(real, generated, min_samples=1):
+    """Return (real, generated) as matrices of one width and one dtype."""
     generated = check_matrix(in_columns_of(generated, real), "generated", min_samples)
     real = check_matrix(real, "real", min_samples)
     if generated.shape[1] != real.shape[1]:
@@ -47,7 +47,7 @@ def check_pair(generated, real, min_samples=1):
         )
     # One dtype, or the distance routines convert the larger matrix again and again.
     dtype = np.result_type(generated, real)
-    return generated.astype(dtype, copy=False), real.astype(dtype, copy=False)
+    return real.astype(dtype, copy=False), generated.astype(dtype, copy=False)
 
 
 def check_labels(y, n=None, name="y"):

@@ -234,24 +234,24 @@ def kmeans_scores(X: ArrayLike, y: ArrayLike, random_state: Any = 0) -> dict[str
 
 
 def label_consistency(
-    generated: ArrayLike,
-    labels: ArrayLike,
     real: ArrayLike,
-    real_labels: ArrayLike,
+    labels: ArrayLike,
+    generated: ArrayLike,
+    generated_labels: ArrayLike,
     n_neighbors: int = 10,
 ) -> float:
     """Share of generated samples whose nearest real samples vote for the label they should have.
 
     Parameters
     ----------
-    generated : array-like of shape (n_generated, n_features)
-        Generated samples, or their embedding.
-    labels : array-like of shape (n_generated,)
-        Label that each one should have: that of its source.
     real : array-like of shape (n_real, n_features)
-        Real samples, in the same space.
-    real_labels : array-like of shape (n_real,)
+        Real samples, or their embedding.
+    labels : array-like of shape (n_real,)
         Their labels.
+    generated : array-like of shape (n_generated, n_features)
+        Generated samples, in the same space.
+    generated_labels : array-like of shape (n_generated,)
+        Label that each one should have: that of its source.
     n_neighbors : int, default=10
         Voters.
 
@@ -271,16 +271,16 @@ def label_consistency(
     --------
     >>> from diffaugkit.metrics import label_consistency
     >>> real, kinds = [[0.0], [1.0], [8.0], [9.0]], ["b", "b", "t", "t"]
-    >>> label_consistency([[0.4], [8.6]], ["b", "b"], real, kinds, n_neighbors=1)
+    >>> label_consistency(real, kinds, [[0.4], [8.6]], ["b", "b"], n_neighbors=1)
     0.5
     """
-    generated, real = check_pair(generated, real)
-    classes, real_codes = check_labels(real_labels, n=len(real), name="real_labels")
-    names, codes = check_labels(labels, n=len(generated), name="labels")
+    real, generated = check_pair(real, generated)
+    classes, real_codes = check_labels(labels, n=len(real), name="labels")
+    names, codes = check_labels(generated_labels, n=len(generated), name="generated_labels")
     unknown = sorted(set(names.tolist()) - set(classes.tolist()), key=str)
     if unknown:
         raise ValueError(
-            f"labels of generated samples that no real sample has: {unknown[:5]}; give both in "
+            f"generated_labels that no real sample has: {unknown[:5]}; give both in "
             "the same coding."
         )
     check_neighbors(n_neighbors, len(real))

@@ -154,7 +154,7 @@ def precision_recall(
     >>> precision_recall([[0.0], [1.0], [9.0]], [[0.2], [0.4], [0.6]], n_neighbors=1)
     (1.0, 0.3333333333333333)
     """
-    generated, real = check_pair(generated, real)
+    real, generated = check_pair(real, generated)
     for name, points in (("real", real), ("generated", generated)):
         check_neighbors(n_neighbors, len(points) - 1, f"{name} samples besides itself")
     return (
@@ -163,7 +163,7 @@ def precision_recall(
     )
 
 
-def copy_ratio(generated: ArrayLike, source: ArrayLike, real: ArrayLike) -> float:
+def copy_ratio(real: ArrayLike, generated: ArrayLike, source: ArrayLike) -> float:
     r"""Nearness of generated samples to their own source: 0 for copies, about 1 for new samples.
 
     .. math:: \mathrm{median}_i \; \frac{|g_i - s_i|}{\min_{r_j \ne s_i} |g_i - r_j|}
@@ -176,12 +176,12 @@ def copy_ratio(generated: ArrayLike, source: ArrayLike, real: ArrayLike) -> floa
 
     Parameters
     ----------
-    generated : array-like of shape (n_generated, n_features)
-        Generated samples, in the space of `real`.
-    source : int array-like of shape (n_generated,) or array-like of shape (n_generated, n_features)
-        The real sample from which each one was generated: row numbers of `real`, or the rows.
     real : array-like of shape (n_real, n_features)
         All real samples, sources included; at least two different ones.
+    generated : array-like of shape (n_generated, n_features)
+        Generated samples, in the same space.
+    source : int array-like of shape (n_generated,) or array-like of shape (n_generated, n_features)
+        The real sample from which each one was generated: row numbers of `real`, or the rows.
 
     Returns
     -------
@@ -198,12 +198,12 @@ def copy_ratio(generated: ArrayLike, source: ArrayLike, real: ArrayLike) -> floa
     --------
     >>> from diffaugkit.metrics import copy_ratio
     >>> real = [[0.0], [1.0], [4.0]]
-    >>> copy_ratio([[0.0], [1.0]], [0, 1], real)
+    >>> copy_ratio(real, [[0.0], [1.0]], [0, 1])
     0.0
-    >>> copy_ratio([[0.25]], [[0.0]], real)
+    >>> copy_ratio(real, [[0.25]], [[0.0]])
     0.3333333333333333
     """
-    generated, real = check_pair(generated, real)
+    real, generated = check_pair(real, generated)
     source = source_rows(source, real, len(generated))
     group = _equal_rows(real)
     first = np.unique(group, return_index=True)[1]
@@ -222,7 +222,7 @@ def copy_ratio(generated: ArrayLike, source: ArrayLike, real: ArrayLike) -> floa
 
 
 def nearest_training_samples(
-    generated: Any, real: Any, *, extractor: Any = None
+    real: Any, generated: Any, *, extractor: Any = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the real sample nearest to each generated one: what a model may have memorised.
 
@@ -232,10 +232,10 @@ def nearest_training_samples(
 
     Parameters
     ----------
-    generated : array-like of shape (n_generated, n_features), or what `extractor` reads
-        Generated samples.
     real : array-like of shape (n_real, n_features), or what `extractor` reads
         Samples that the generator was trained on.
+    generated : array-like of shape (n_generated, n_features), or what `extractor` reads
+        Generated samples.
     extractor : fitted estimator with `transform`, callable or None, default=None
         As in :func:`frechet_distance`.
 
@@ -254,11 +254,12 @@ def nearest_training_samples(
     Examples
     --------
     >>> from diffaugkit.metrics import nearest_training_samples
-    >>> nearest_training_samples([[0.2], [4.0]], [[0.0], [1.0], [4.0]])
+    >>> nearest_training_samples([[0.0], [1.0], [4.0]], [[0.2], [4.0]])
     (array([0.2, 0. ]), array([0, 2]))
     """
-    generated, real = check_pair(
-        extract_features(extractor, generated, "generated"), extract_features(extractor, real)
+    real, generated = check_pair(
+        extract_features(extractor, real, "real"),
+        extract_features(extractor, generated, "generated"),
     )
     points, by = about_center(generated, real)
     index = NearestNeighbors(n_neighbors=1).fit(by).kneighbors(points, return_distance=False)
@@ -266,17 +267,17 @@ def nearest_training_samples(
     return _paired_distance(generated, real, index[:, 0]), index[:, 0]
 
 
-def spread_ratio(generated: ArrayLike, real: ArrayLike) -> float:
+def spread_ratio(real: ArrayLike, generated: ArrayLike) -> float:
     r"""Spread of the generated samples over that of the real ones.
 
     .. math:: \sqrt{\mathrm{tr}\,\mathrm{cov}(g) / \mathrm{tr}\,\mathrm{cov}(r)}
 
     Parameters
     ----------
-    generated : array-like of shape (n_generated, n_features)
-        Generated samples, at least 2.
     real : array-like of shape (n_real, n_features)
-        Real samples in the same space, at least 2.
+        Real samples, at least 2.
+    generated : array-like of shape (n_generated, n_features)
+        Generated samples in the same space, at least 2.
 
     Returns
     -------
@@ -292,10 +293,10 @@ def spread_ratio(generated: ArrayLike, real: ArrayLike) -> float:
     Examples
     --------
     >>> from diffaugkit.metrics import spread_ratio
-    >>> spread_ratio([[0.0], [1.0]], [[0.0], [2.0]])
+    >>> spread_ratio([[0.0], [2.0]], [[0.0], [1.0]])
     0.5
     """
-    generated, real = check_pair(generated, real, min_samples=2)
+    real, generated = check_pair(real, generated, min_samples=2)
     total = np.var(real, axis=0, ddof=1, dtype=np.float64)
     # The mean of equal values is theirs up to rounding.
     total = total[total > (8 * np.finfo(np.float64).eps * real[0]) ** 2].sum()
@@ -311,7 +312,7 @@ def _compare(score, real, generated, extractor, labels, generated_labels):
     """Return the score of both sets under the extractor, or one for each class."""
     real = extract_features(extractor, real, "real")
     generated = extract_features(extractor, generated, "generated")
-    generated, real = check_pair(generated, real, min_samples=2)
+    real, generated = check_pair(real, generated, min_samples=2)
     if labels is None and generated_labels is None:
         return score(real, generated)
     if labels is None or generated_labels is None:

@@ -122,9 +122,9 @@ class QualityReport:
 
 
 def quality_report(
-    generated: Any,
-    source: ArrayLike | None,
     real: Any,
+    generated: Any,
+    source: ArrayLike | None = None,
     *,
     extractor: Any = None,
     embed: Callable | None = None,
@@ -141,14 +141,14 @@ def quality_report(
 
     Parameters
     ----------
+    real : array-like of shape (n_real, n_features)
+        Real samples, more than 5.
     generated : array-like of shape (n_generated, n_features)
         Generated samples, more than 5.
     source : int array-like of shape (n_generated,), array-like of shape (n_generated, n_features) \
-or None
+or None, default=None
         Row numbers of `real`, or the rows themselves, from which the samples were generated. None
         for unconditional samples: no copy ratio and no label consistency then.
-    real : array-like of shape (n_real, n_features)
-        Real samples, more than 5.
     extractor : fitted estimator with `transform`, callable or None, default=None
         Maps samples to the features in which all is measured, as in :func:`frechet_distance`.
         Samples may then be of any kind that it reads, such as images, and `source` holds row
@@ -180,7 +180,7 @@ or None
     >>> import numpy as np
     >>> from diffaugkit.metrics import quality_report
     >>> real = np.random.default_rng(0).normal(size=(50, 3))
-    >>> report = quality_report(real, np.arange(50), real, labels=real[:, 0] > 0)
+    >>> report = quality_report(real, real, np.arange(50), labels=real[:, 0] > 0)
     >>> report.copy_ratio, report.spread_ratio, report.precision
     (0.0, 1.0, 1.0)
     >>> report.label_consistency == report.real_label_consistency
@@ -191,14 +191,14 @@ or None
             raise ValueError("with an extractor, give source as int row numbers of real.")
         generated = extract_features(extractor, generated, "generated")
         real = extract_features(extractor, real, "real")
-    generated, real = check_pair(generated, real, min_samples=2)
+    real, generated = check_pair(real, generated, min_samples=2)
     if source is not None:
         source = source_rows(source, real, len(generated))
     consistency = real_consistency = None
     if labels is not None:
         codes = check_labels(labels, n=len(real), name="labels")[1]
         real_e, generated_e = (x if embed is None else embed(x) for x in (real, generated))
-        generated_e, real_e = check_pair(generated_e, real_e)
+        real_e, generated_e = check_pair(real_e, generated_e)
         if (len(generated_e), len(real_e)) != (len(generated), len(real)):
             raise ValueError("embed must return one row per sample.")
         consistency, real_consistency = _cross_fitted_consistency(
@@ -209,15 +209,15 @@ or None
     return QualityReport(
         label_consistency=consistency,
         real_label_consistency=real_consistency,
-        spread_ratio=spread_ratio(generated, real),
+        spread_ratio=spread_ratio(real, generated),
         precision=precision,
         recall=recall,
-        copy_ratio=None if source is None else copy_ratio(generated, source, real),
+        copy_ratio=None if source is None else copy_ratio(real, generated, source),
         frechet_distance=frechet_distance(real, generated),
         kernel_distance=kernel_estimate(real, generated, source),
         n_generated=len(generated),
         n_real=len(real),
-        nearest_distance=float(np.median(nearest_training_samples(generated, real)[0])),
+        nearest_distance=float(np.median(nearest_training_samples(real, generated)[0])),
         real_nearest_distance=float(np.median(between_real)),
     )
 

@@ -131,7 +131,7 @@ def generate(X, y, groups, vanilla, seed, tissue, args):
     blend = np.rint(share * X + (1 - share) * X[partners]).astype(np.uint8)
     between = {"slerp": (half, partners, alphas), "pixels": (blend, partners, alphas)}
     made = vanilla.transform(views[0])
-    report = quality_report(made, np.arange(len(X)), embeddings, labels=y, random_state=0)
+    report = quality_report(embeddings, made, np.arange(len(X)), labels=y, random_state=0)
     record = report.to_frame().squeeze().to_dict() | {
         "frechet_real_halves": frechet_distance(embeddings[::2], embeddings[1::2]),
         # How far from its source the first encoder sees a view: what it could still teach.
