@@ -183,7 +183,7 @@ class ImageRecipe:
     degrees : float, default=0.0
         Turn by up to this angle to either side.
     brightness, contrast, saturation, hue : float, default=0.4, 0.4, 0.2, 0.1
-        Largest relative change; of the hue, in turns of the colour circle.
+        Largest relative change, a factor of at least 0; of the hue, in turns of the colour circle.
     color_prob : float, default=0.8
         Probability of those four.
     grey : float, default=0.2
@@ -215,6 +215,10 @@ class ImageRecipe:
     blur: tuple = (1.0, 0.1, 0.5)
     solarise: tuple = (0.0, 0.2, 0.0)
 
+
+# Values that are probabilities, or shares of the area.
+_SHARES = {"scale", "multicrop_scale", "local_scale", "flip", "vertical_flip", "color_prob"}
+_SHARES |= {"grey", "blur", "solarise"}
 
 RECIPES = {
     "natural": ImageRecipe(),
@@ -267,6 +271,7 @@ def image_recipe(augmentation, channels):
         For an unknown name or value.
     """
     if isinstance(augmentation, ImageRecipe):
+        _check_values(vars(augmentation))
         return augmentation
     changes = dict(augmentation) if isinstance(augmentation, dict) else {"recipe": augmentation}
     name = changes.pop("recipe", "auto")
@@ -283,14 +288,23 @@ def image_recipe(augmentation, channels):
             f"augmentation={augmentation!r}: {', '.join(unknown)} is no value of a recipe; these "
             f"are: {', '.join(known)}."
         )
-    for key, value in changes.items():
-        values, n = np.atleast_1d(np.asarray(value, dtype=object)), np.size(known[key].default)
-        fits = values.shape == (n,) and all(isinstance(v, Real) and v >= 0 for v in values)
-        if not fits or (n == 2 and values[0] > values[1]):
-            form = {1: "a number", 2: "two numbers, the smaller first,", 3: "three numbers"}[n]
-            raise ValueError(f"augmentation: {key}={value!r} must be {form} of at least 0.")
+    _check_values(changes)
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     return replace(RECIPES[name], **changes)
+
+
+def _check_values(changes):
+    for key, value in changes.items():
+        n = np.size(ImageRecipe.__dataclass_fields__[key].default)
+        values = np.atleast_1d(np.asarray(value, dtype=object))
+        real = (isinstance(v, Real) and 0 <= v < math.inf for v in values.flat)
+        if values.shape != (n,) or not all(real) or (n == 2 and values[0] > values[1]):
+            form = {1: "a number", 2: "two numbers, the smaller first,", 3: "three numbers"}[n]
+            raise ValueError(f"augmentation: {key}={value!r} must be {form} of at least 0.")
+        if key in _SHARES and values.max() > 1:
+            raise ValueError(f"augmentation: {key}={value!r}: shares and probabilities end at 1.")
+        if key == "aspect" and values[0] == 0:
+            raise ValueError(f"augmentation: aspect={value!r} must be above 0.")
 
 
 class ImageViews:
@@ -437,7 +451,8 @@ def _jitter(unit, recipe):
     on = _happens(unit, recipe.color_prob).float()
 
     def factor(strength):
-        return 1 + on * _uniform(unit, -strength, strength)
+        # Below 0 contrast and saturation would show the negative.
+        return 1 + on * _uniform(unit, -min(strength, 1.0), strength)
 
     gain, contrast = factor(recipe.brightness), factor(recipe.contrast)
     if channels != 3:
@@ -480,7 +495,7 @@ def _inverse(values, device):
 
 def _restain(unit, strength):
     """Change the density of each stain a little: Tellez et al. 2018, in optical density."""
-    change = 1 + _uniform(unit, -strength, strength, 3)
+    change = 1 + _uniform(unit, -min(strength, 1.0), strength, 3)
     density = -unit.clamp(min=1 / 255).log()
     there = change[..., None] * _inverse(_STAINS, unit.device)
     matrix = _table(_STAINS, unit.device) @ there

@@ -157,6 +157,8 @@ def fetch_cifar10(*, data_home=None, url=_CIFAR10, known_hash=_CIFAR10_SHA256):
     ------
     ImportError
         Without pooch.
+    OSError
+        Without a network, or room on the disk; the message says where to put the file by hand.
     ValueError
         If the file is not the one that was published.
     """
@@ -206,7 +208,14 @@ def _fetch(url, known_hash, data_home):
             'fetch_* needs pooch: pip install "diffaugkit[images]", or download the file yourself.'
         ) from error
     home = data_home or os.environ.get("DIFFAUGKIT_DATA_HOME") or pooch.os_cache("diffaugkit")
-    return pooch.retrieve(url, known_hash, path=home, fname=_file_name(url))
+    path = Path(home).expanduser() / _file_name(url)
+    try:
+        return pooch.retrieve(url, known_hash, path=path.parent, fname=path.name)
+    except OSError as error:  # those of requests are some, too
+        raise OSError(
+            f"{url} could not be downloaded to {path}: {error}. Without a network, bring the file "
+            "from elsewhere and put it there, under that name."
+        ) from error
 
 
 def _file_name(url):

@@ -35,6 +35,7 @@ from diffaugkit.base import (
     all_or_nothing,
     described,
 )
+from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.embedding_diffusion import (
     EmbeddingConditionedDiffusion,
@@ -246,10 +247,13 @@ class GenSIS(TorchTransformer):
             diffusion._check_parts(rows, conditional=True)
         elif isinstance(diffusion, FrozenEstimator):
             self._check_frozen(diffusion.estimator, rows)
-        streams = self._streams(interpolates, seed)
-        for name, stream in streams.items():
+        rng = np.random.default_rng(mix_seed(seed, _INTERPOLATIONS))
+        alphas = rng.choice(alphas, size=len(rows)).astype(np.float32)
+        pairs = (partners, alphas) if interpolates else None
+        runs = self._runs(rows, vanilla, diffusion, pairs, seed)
+        for name, run in runs.items():
             if (folder := self._store(name)) is not None:
-                refuse_other_run(folder, len(rows), self._settings(diffusion, stream))
+                refuse_other_run(folder, len(rows), run)
 
         # Stage 1: hand-made views alone.
         if not isinstance(vanilla, FrozenEstimator):
@@ -261,16 +265,14 @@ class GenSIS(TorchTransformer):
             diffusion.fit(rows, None, embeddings=embeddings)
 
         # Stage 3: generated and interpolated images, made once, and an encoder from scratch.
-        rng = np.random.default_rng(mix_seed(seed, _INTERPOLATIONS))
-        alphas = rng.choice(alphas, size=len(rows)).astype(np.float32)
         positives = [
-            self._generate(rows, diffusion, embeddings, name, streams[name])
+            self._generate(rows, diffusion, embeddings, name, runs[name])
             for name in map("view-{}".format, range(self._n_views()))
         ]
         interpolations = None
         if interpolates:
-            stream = streams.get("interpolation")
-            between = self._between(rows, diffusion, embeddings, partners, alphas, stream)
+            run = runs.get("interpolation")
+            between = self._between(rows, diffusion, embeddings, partners, alphas, run)
             interpolations = between, partners, alphas
         encoder.fit(rows, None, positives=positives or None, interpolations=interpolations)
 
@@ -404,6 +406,8 @@ class GenSIS(TorchTransformer):
                 f"{type(fresh).__name__} cannot learn from generated images: give a "
                 "SelfSupervisedEncoder, or FrozenEstimator(...) of a fitted one."
             )
+        if isinstance(vanilla, FrozenEstimator):
+            check_is_fitted(vanilla)
         # The same seed for both: the baseline differs in what it sees, and in nothing else.
         fresh.set_params(positives_prob=self.positives_prob)
         for part, stage in ((vanilla, "vanilla"), (fresh, "generative")):
@@ -480,50 +484,61 @@ class GenSIS(TorchTransformer):
             return 0
         return super()._seed()
 
-    def _streams(self, interpolates, seed):
-        """Seed of each set of generated images, by its name in the store."""
-        streams = {f"view-{view}": mix_seed(seed, view) for view in range(self._n_views())}
-        if interpolates and self.interpolation != "pixels":
-            streams["interpolation"] = mix_seed(seed, *_BETWEEN)
-        return streams
+    def _runs(self, rows, vanilla, diffusion, pairs, seed):
+        """Seed of each set of generated images, by its name in the store, and what else tells it.
+
+        All that is known before any training: to learn after it that the store is of another run
+        would cost the training.
+        """
+        runs = {f"view-{view}": {"seed": mix_seed(seed, view)} for view in range(self._n_views())}
+        if pairs and self.interpolation != "pixels":
+            told = {"interpolation": self.interpolation, "pairs": fingerprint(*pairs)}
+            runs["interpolation"] = {"seed": mix_seed(seed, *_BETWEEN), **told}
+        if self._store("") is None:
+            return runs
+        images = make_batches(rows, batch_size=len(rows), device="cpu").fingerprint()["data"]
+        generator = getattr(diffusion, "estimator", diffusion)
+        later = {name: getattr(generator, name) for name in generator._used_later}
+        known = {"images": images, **described(generator), **later}
+        if generator is diffusion:
+            known |= _training(diffusion)
+        else:
+            known["generator"] = _weights(generator)
+        if isinstance(vanilla, FrozenEstimator):
+            first = {"layer": vanilla.estimator.layer, "weights": _weights(vanilla.estimator)}
+        else:
+            first = {"layer": vanilla.layer, **described(vanilla), **_training(vanilla)}
+        known |= {f"vanilla {name}": value for name, value in first.items()}
+        return {name: run | known for name, run in runs.items()}
 
     def _store(self, name):
         """Folder of a set of generated images, or None where they stay in memory."""
         folder = self.store_dir or self._folder("samples")
         return None if folder is None else Path(folder).expanduser() / name
 
-    def _settings(self, diffusion, stream):
-        """Tell images of this diffusion from others, as far as parameters do."""
-        generator = getattr(diffusion, "estimator", diffusion)
-        later = {name: getattr(generator, name) for name in generator._used_later}
-        return {"seed": int(stream), **described(generator), **later}
-
-    def _generate(self, rows, diffusion, conditions, name, stream):
+    def _generate(self, rows, diffusion, conditions, name, run):
         """Images under conditions, row by row, from memory or the store."""
-        folder, settings = self._store(name), {}
+        folder = self._store(name)
         generator = getattr(diffusion, "estimator", diffusion)
         if folder is not None:
-            parts = [part.module_ for part in (generator, generator.autoencoder_) if part]
-            settings = self._settings(diffusion, stream) | {
-                "generator": fingerprint(*parts),
-                "conditions": fingerprint(conditions),
-            }
+            told = {"generator": _weights(generator), "conditions": fingerprint(conditions)}
+            run = {**run, **told}
 
         def generate(index):
             # A shard has a seed of its own: its images do not depend on the shards before it.
-            number = mix_seed(stream, int(index[0])) % 2**32
+            number = mix_seed(run["seed"], int(index[0])) % 2**32
             made = diffusion.sample(conditions[index], random_state=number)
             if isinstance(generator, EmbeddingConditionedDiffusion):
                 made = generator._image_rows(made)  # a frozen one may have another layout
             return self._check_input(made, reset=False)[np.arange(len(index))]
 
-        return ImageRows.like(rows, stored_samples(folder, len(rows), generate, settings))
+        return ImageRows.like(rows, stored_samples(folder, len(rows), generate, run))
 
-    def _between(self, rows, diffusion, embeddings, partners, alphas, stream):
+    def _between(self, rows, diffusion, embeddings, partners, alphas, run):
         if self.interpolation == "pixels":
             return ImageRows.like(rows, _blend(rows, partners, alphas))
         between = interpolate_rows(embeddings, embeddings[partners], alphas, self.interpolation)
-        return self._generate(rows, diffusion, between, "interpolation", stream)
+        return self._generate(rows, diffusion, between, "interpolation", run)
 
     def _set_history(self, stages):
         import pandas as pd
@@ -547,6 +562,17 @@ class GenSIS(TorchTransformer):
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = False
         return tags
+
+
+def _training(model):
+    """Tell what shapes the weights of a part beside what ``described`` tells."""
+    names = ("max_epochs", "batch_size", "learning_rate", "precision", "pretrained")
+    return {name: described(getattr(model, name, None)) for name in names}
+
+
+def _weights(model):
+    parts = (model, getattr(model, "autoencoder_", None))
+    return fingerprint(*(part.module_ for part in parts if part))
 
 
 def _blend(rows, partners, alphas, batch_size=1024):

@@ -97,7 +97,7 @@ def stored_samples(
     ------
     ValueError
         If the folder holds samples of another run.
-    OSError
+    OSError, ModelFileError
         If the file system refuses; shards that were written stay.
 
     Examples
@@ -143,7 +143,7 @@ def refuse_other_run(folder, n, settings):
     """
     for path in sorted(Path(folder).glob("shard-*"))[:1]:
         with contextlib.suppress(ModelFileError):  # a damaged one is made anew later
-            _refuse(path, read_folder(path)[1], {**settings, "n": int(n)})
+            _refuse(path, read_folder(path)[1], {"n": int(n), **settings})
 
 
 def _is_whole(path, settings):
@@ -153,9 +153,11 @@ def _is_whole(path, settings):
     try:
         _, document = read_folder(path)
     except ModelFileError as error:
+        if isinstance(error.__cause__, OSError):
+            raise  # a disk that does not answer, which is no damage
         warnings.warn(f"{error}: the shard is generated again.", UserWarning, stacklevel=3)
         for file in path.iterdir():
-            file.unlink()
+            file.unlink(missing_ok=True)  # by another process
         return False
     _refuse(path, document, settings)
     return True

@@ -2,17 +2,22 @@
 
 Three kinds. An array, which may be a memory map, is cut. A whole-slide file is read region by
 region by tiffslide or openslide, whichever is installed. An ordinary picture has to be decoded as a
-whole; what was decoded last is kept, up to a bound. Files are opened by the process that reads
-them, so slides can be pickled and go to forked workers.
+whole; what was decoded last is kept, up to a bound, and so are open files. Files are opened by the
+process that reads them, so slides can be pickled and go to forked workers.
 """
 
+import contextlib
 import importlib
 import math
 import os
+import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from itertools import product
 from mmap import mmap
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -29,8 +34,13 @@ _READERS = {"tiffslide": "TiffSlide", "openslide": "OpenSlide"}
 # Decoded pictures that a process keeps, in bytes.
 _KEPT_BYTES = 2**30
 _DECODED = OrderedDict()
+# Whole-slide files that a process has open, the one used last at the end, and how many it keeps.
+_OPEN, _MOST_OPEN = weakref.WeakKeyDictionary(), 256
+_LOCK = threading.Lock()
 # Pixels of a slide that are read together for a thumbnail.
-_BAND_PIXELS = 2**22
+_BLOCK_PIXELS = 2**23
+# Microns of the units of OME-XML that a pixel of a slide may be given in.
+_MICRONS = {"nm": 1e-3, "µm": 1.0, "mm": 1e3, "cm": 1e4}
 # A level whose pixels are this near to the size asked for is read without rescaling.
 NEAR = 0.01
 _EXTRA = 'pip install "diffaugkit[slides]"'
@@ -131,9 +141,16 @@ class PictureSlide(Slide):
 
     def __init__(self, path):
         self._path = os.fspath(path)
-        with _pillow().open(path) as image:
-            _check_form(image.mode in _MODES, f"mode {image.mode}")
-            self.levels = [(image.height, image.width)]
+        Image = _pillow()
+        try:
+            with Image.open(path) as image:
+                _check_form(image.mode in _MODES, f"mode {image.mode}")
+                self.levels = [(image.height, image.width)]
+        except Image.DecompressionBombError as error:
+            raise ValueError(
+                f"{str(error).partition(',')[0]}. Write it as a tiled TIFF, which is read in part, "
+                "or raise PIL.Image.MAX_IMAGE_PIXELS to decode it as a whole"
+            ) from error
 
     def read(self, level, top, left, height, width):
         return self._pixels()[top : top + height, left : left + width]
@@ -167,26 +184,44 @@ class FileSlide(Slide):
 
     def __init__(self, path, package):
         self._path, self._package = os.fspath(path), package
-        self._handle = None, None
-        opened = self._opened()
-        self.levels = [(height, width) for width, height in opened.level_dimensions]
-        self._downsamples = list(opened.level_downsamples)
-        found = [opened.properties.get(f"{package}.mpp-{axis}") for axis in "yx"]
-        if all(found):
+        self._reader, self._n_users = None, 0
+        with self._opened() as reader:
+            self.levels = [(height, width) for width, height in reader.level_dimensions]
+            self._downsamples = list(reader.level_downsamples)
+            found = [reader.properties.get(f"{package}.mpp-{axis}") for axis in "yx"]
+            self.mpp = _ome_mpp(reader.properties.get("tiff.ImageDescription"))
+        if self.mpp is None and all(found):
             self.mpp = tuple(float(value) for value in found)
 
+    @contextlib.contextmanager
     def _opened(self):
-        # A handle that a fork copied would share its place in the file with the parent's.
-        if self._handle[0] != os.getpid():
-            reader = getattr(importlib.import_module(self._package), _READERS[self._package])
-            self._handle = os.getpid(), reader(self._path)
-        return self._handle[1]
+        with _LOCK:
+            if self._reader is None:
+                kind = getattr(importlib.import_module(self._package), _READERS[self._package])
+                self._reader = kind(self._path)
+            self._n_users += 1
+            _OPEN.pop(self, None)
+            _OPEN[self] = True  # the last, as used last
+            idle = [slide for slide in _OPEN if not slide._n_users]
+            for slide in idle[: max(0, len(_OPEN) - _most_open())]:
+                slide._close()
+        try:
+            yield self._reader
+        finally:
+            with _LOCK:
+                self._n_users -= 1
+
+    def _close(self):
+        _OPEN.pop(self, None)
+        reader, self._reader = self._reader, None
+        reader.close()
 
     def read(self, level, top, left, height, width):
         scale = self._downsamples[level]
         # Both packages take the corner in pixels of level 0, and round down.
         corner = math.ceil(left * scale), math.ceil(top * scale)
-        region = np.asarray(self._opened().read_region(corner, level, (width, height)))
+        with self._opened() as reader:
+            region = np.asarray(reader.read_region(corner, level, (width, height)))
         shape = region.shape[2:] or (1,)
         _check_form(shape[0] in (3, 4), f"{shape[0]} channels")
         _check_form(region.dtype == np.uint8, f"{region.dtype} pixels")
@@ -197,7 +232,30 @@ class FileSlide(Slide):
         return region[..., :3]
 
     def __getstate__(self):
-        return {**self.__dict__, "_handle": (None, None)}
+        return {**self.__dict__, "_reader": None, "_n_users": 0}
+
+
+def _most_open():
+    """How many files to keep open: others of the process need theirs, and each takes memory."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return _MOST_OPEN
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return min(_MOST_OPEN, limit // 4) if limit > 0 else _MOST_OPEN  # -1 is none
+
+
+def _forget():
+    """Drop what a fork copied: it would share its places in the files with the parent's."""
+    global _LOCK
+    _LOCK = threading.Lock()
+    for slide in list(_OPEN):
+        slide._reader, slide._n_users = None, 0
+    _OPEN.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def open_slide(slide):
@@ -270,7 +328,7 @@ def read_box(slide, level, top, left, height, width, size):
         box.append((start, start + length))
         whole.append((math.floor(start), min(math.ceil(start + length), end)))
     (y0, y1), (x0, x1) = whole
-    pixels = slide.read(level, y0, x0, y1 - y0, x1 - x0)
+    pixels = _region(slide, level, y0, x0, y1 - y0, x1 - x0)
     if pixels.shape[:2] == (size, size) and box == whole:
         return pixels
     Image = _pillow()
@@ -281,7 +339,7 @@ def read_box(slide, level, top, left, height, width, size):
 
 
 def thumbnail(slide, longest=2048):
-    """Make a small picture of a slide, from the coarsest level that suffices, band by band.
+    """Make a small picture of a slide, from the coarsest level that suffices, part by part.
 
     Parameters
     ----------
@@ -306,21 +364,35 @@ def thumbnail(slide, longest=2048):
     height, width = (max(1, round(side / factor)) for side in slide.levels[0])
     level = slide.best_level((factor, factor))
     full = slide.levels[level]
-    ratio = full[0] / height
-    step = max(1, round(_BAND_PIXELS / (ratio * full[1])))
+    down, across = full[0] / height, full[1] / width
+    # Arrays lie row by row. Files lie in tiles: of those that a block cuts, its neighbour decodes
+    # the rest again, so blocks are as good as square.
+    by_row = isinstance(slide, ArraySlide)
+    columns = width if by_row else max(1, round(math.sqrt(_BLOCK_PIXELS) / across))
+    rows = max(1, round(_BLOCK_PIXELS / (down * across * min(columns, width))))
     # Two rows speak for all that an array has in a row of the thumbnail: fewer pages are read.
-    skip = max(1, int(ratio) // 2) if isinstance(slide, ArraySlide) else 1
+    skip = max(1, int(down) // 2) if by_row else 1
     out = np.empty((height, width, 3), np.uint8)
-    for start in range(0, height, step):
-        stop = min(start + step, height)
-        top, bottom = start * ratio, min(stop * ratio, full[0])
-        first = math.floor(top)
-        band = slide.read(level, first, 0, min(math.ceil(bottom), full[0]) - first, full[1])
-        band = np.ascontiguousarray(band[skip // 2 :: skip])
-        box = (0, top - first, full[1], bottom - first) if skip == 1 else None
-        shrunk = Image.fromarray(band).resize((width, stop - start), Image.Resampling.BOX, box=box)
-        out[start:stop] = shrunk
+    for row, column in product(range(0, height, rows), range(0, width, columns)):
+        part = out[row : row + rows, column : column + columns]
+        top, left = row * down, column * across
+        bottom, right = top + len(part) * down, left + part.shape[1] * across
+        y, x = math.floor(top), math.floor(left)
+        end_y, end_x = min(math.ceil(bottom), full[0]), min(math.ceil(right), full[1])
+        block = _region(slide, level, y, x, end_y - y, end_x - x)
+        box = left - x, top - y, min(right, end_x) - x, min(bottom, end_y) - y
+        image = Image.fromarray(np.ascontiguousarray(block[skip // 2 :: skip]))
+        size = part.shape[1::-1]
+        part[:] = image.resize(size, Image.Resampling.BOX, box=box if skip == 1 else None)
     return out
+
+
+def _region(slide, level, top, left, height, width):
+    """Read a region, and refuse what a class of the user's own may give instead."""
+    pixels = np.asarray(slide.read(level, top, left, height, width))
+    right = pixels.shape == (height, width, 3) and pixels.dtype == np.uint8
+    _check_form(right, f"a region of {pixels.dtype} pixels and shape {pixels.shape}")
+    return pixels
 
 
 def _rgb(image):
@@ -394,11 +466,30 @@ def _mapped_tiff(path):
             if not page.is_memmappable or page.shape[2:] != (3,) or page.photometric != 2:
                 return None
             tags = [page.tags.get(name) for name in ("YResolution", "XResolution")]
-            unit = page.tags.get("ResolutionUnit")
+            unit, description = page.tags.get("ResolutionUnit"), page.description
         slide = open_slide(tifffile.memmap(path, page=0, mode="r"))
     except tifffile.TiffFileError as error:
         raise ValueError(f"it is no TIFF ({error})") from error
+    slide.mpp = _ome_mpp(description)
     # Centimetres are what scanners write; inches are the 72 or 96 dots of screens.
-    if unit is not None and unit.value == 3 and all(tag and tag.value[0] for tag in tags):
+    in_cm = unit is not None and unit.value == 3 and all(tag and tag.value[0] for tag in tags)
+    if slide.mpp is None and in_cm:
         slide.mpp = tuple(1e4 * tag.value[1] / tag.value[0] for tag in tags)
     return slide
+
+
+def _ome_mpp(description):
+    """Microns per pixel, down and across, that the OME-XML of a TIFF tells; None without."""
+    if not str(description).rstrip().endswith("OME>"):
+        return None
+    try:
+        pixels = ElementTree.fromstring(description).find(".//{*}Pixels")
+        found = tuple(
+            float(pixels.get(f"PhysicalSize{axis}"))
+            # Of the two letters that look like this one, writers take either.
+            * _MICRONS[pixels.get(f"PhysicalSize{axis}Unit", "µm").replace("\u03bc", "µ")]
+            for axis in "YX"
+        )
+    except (ElementTree.ParseError, AttributeError, KeyError, TypeError, ValueError):
+        return None  # not said, or in units of the microscope's stage
+    return found if all(0 < value < math.inf for value in found) else None

@@ -483,6 +483,11 @@ def tissue_mask(image, threshold="otsu", *, min_speck=0, min_hole=0):
     -------
     ndarray of shape (h, w), bool
 
+    Raises
+    ------
+    ValueError
+        If the image is not RGB of 8 bits.
+
     Examples
     --------
     >>> import numpy as np
@@ -492,6 +497,12 @@ def tissue_mask(image, threshold="otsu", *, min_speck=0, min_hole=0):
     >>> tissue_mask(image)[:, 20].sum() > 18
     np.True_
     """
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"image has shape {image.shape} of {image.dtype}; it must be RGB of 8 bits, (h, w, 3) "
+            "uint8."
+        )
     saturation, lit = _saturation(image)
     if threshold == "otsu":
         threshold = _threshold(saturation[lit]) if lit.any() else 1.0

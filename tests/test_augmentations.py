@@ -270,6 +270,23 @@ def test_colours_equal_the_obvious_version():
         np.testing.assert_allclose(ours[b].reshape(3, -1), pixels.clip(0, 1), atol=1e-3)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("value", ["brightness", "contrast", "saturation"])
+def test_large_changes_of_colour_show_no_negative(value, channels):
+    still = {"scale": (1, 1), "aspect": (1, 1), "flip": 0, "color_prob": 1, "degrees": 0}
+    none = dict.fromkeys(("brightness", "contrast", "saturation", "hue", "grey", "stain"), 0)
+    none |= dict.fromkeys(("blur", "solarise"), (0, 0, 0))
+    x = torch.linspace(-1, 0.2, 64).view(1, 1, 8, 8).repeat(500, channels, 1, 1)
+    x[:, 0] += 0.3
+    with isolated_rng(0):
+        view = ImageViews(still | none | {value: 2.0}).global_view(x)
+    assert (view.diff(dim=3) >= -1e-5).all()  # what was brighter stays brighter
+    if channels == 3:
+        assert (view[:, 0] - view[:, 1] >= -1e-5).all()  # what was red stays red
+    if value == "brightness":  # factors from U(-1, 3) would leave a quarter of the images black
+        assert (view.amax((1, 2, 3)) > -1).float().mean() > 0.99
+
+
 def test_grey_and_inversion():
     x = pictures()
     grey = view(x, grey=1.0)
@@ -353,11 +370,17 @@ def test_recipes():
         ({"scale": (0.9, 0.2)}, "scale=.* must be two numbers, the smaller first"),
         ({"brightness": -1}, "brightness=-1 must be a number of at least 0"),
         ({"flip": "often"}, "flip='often' must be a number"),
+        ({"degrees": np.inf}, "degrees=inf must be a number"),
+        ({"aspect": (0, 1)}, r"aspect=\(0, 1\) must be above 0"),
+        ({"blur": (2.0, 0.1, 0.5)}, "blur=.* shares and probabilities end at 1"),
+        ({"scale": (0.5, 2)}, "scale=.* shares and probabilities end at 1"),
     ],
 )
 def test_values_of_a_recipe_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         image_recipe(changes, 3)
+    with pytest.raises(ValueError, match=message):
+        image_recipe(ImageRecipe(**changes), 3)
     given = {"scale": np.array([0.2, 1.0]), "hue": np.float32(0.2), "quarter_turns": True}
     assert image_recipe(given, 3).hue == np.float32(0.2)
 

@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import io
+import re
 import tarfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +114,23 @@ def test_a_file_that_is_not_the_published_one_is_refused(server, tmp_path):
     with pytest.raises(ValueError, match="hash"):
         fetch_pneumonia(data_home=tmp_path / "home", url=f"{address}/pneumonia.npz")
     assert not list((tmp_path / "home").glob("*.npz"))
+
+
+def test_without_a_network_the_file_can_be_put_there_by_hand(server, tmp_path, monkeypatch):
+    pytest.importorskip("pooch")
+    folder, address = server
+    parts = [f"{part}_{kind}" for part in ("train", "test") for kind in ("images", "labels")]
+    np.savez(folder / "p.npz", **{name: np.zeros((2, 1), np.uint8) for name in parts})
+    content = (folder / "p.npz").read_bytes()
+    options = {"url": f"{address}/q.npz", "known_hash": hashlib.sha256(content).hexdigest()}
+    monkeypatch.setenv("DIFFAUGKIT_DATA_HOME", str(tmp_path / "home"))
+    with pytest.raises(
+        OSError, match=r"q\.npz could not be downloaded to .*404.*put it there"
+    ) as failed:
+        fetch_pneumonia(**options)
+    named = re.search(r"to (\S+q\.npz)", str(failed.value))[1]
+    Path(named).write_bytes(content)
+    assert fetch_pneumonia(**options)[0].shape == (2, 1)
 
 
 def test_pneumonia_is_read_without_running_code(server, tmp_path):

@@ -239,6 +239,55 @@ def test_images_are_made_once(X, tmp_path, recorded):
     assert len(recorded["fit"]) == n_fits  # before any work
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "images"),  # others of the same number
+        ({"encoder": tiny_encoder(max_epochs=2)}, "vanilla max_epochs"),
+        ({"encoder": tiny_encoder(temperature=0.3)}, "vanilla temperature"),
+        ({"diffusion": tiny_diffusion(max_epochs=2)}, "max_epochs"),
+        ({"alpha": 0.3}, "pairs"),
+        ({"interpolation": "lerp"}, "interpolation"),
+        ({"groups": np.arange(40) % 2}, "pairs"),
+    ],
+)
+def test_a_store_of_another_run_is_refused_before_any_training(
+    X, tmp_path, recorded, change, message
+):
+    change = dict(change)
+    groups = change.pop("groups", None)
+    tiny(store_dir=tmp_path).fit(X)
+    n_fits = len(recorded["fit"])
+    with pytest.raises(ValueError, match=f"another run; they differ in {message} "):
+        tiny(store_dir=tmp_path, **change).fit(
+            X if change or groups is not None else 255 - X, groups=groups
+        )
+    assert len(recorded["fit"]) == n_fits
+
+
+def test_frozen_parts_of_a_store_are_checked_first(X, fitted, tmp_path, recorded):
+    frozen = FrozenEstimator(fitted.vanilla_encoder_)
+    tiny(encoder=frozen, store_dir=tmp_path).fit(X)
+    again = clone(fitted.vanilla_encoder_).set_params(random_state=5).fit(X)
+    diffusion_fits = []
+
+    def fit(self, *args, **kwargs):
+        diffusion_fits.append(args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EmbeddingConditionedDiffusion, "fit", fit)
+        with pytest.raises(ValueError, match="another run; they differ in vanilla weights"):
+            tiny(encoder=FrozenEstimator(again), store_dir=tmp_path).fit(X)
+        with pytest.raises(NotFittedError):
+            tiny(encoder=FrozenEstimator(clone(again)), store_dir=tmp_path).fit(X)
+    assert diffusion_fits == []
+    # What the new encoder alone depends on may change: the images stay.
+    n_calls = len(recorded["sample"])
+    other = copy.deepcopy(fitted.vanilla_encoder_).set_params(max_epochs=2)
+    tiny(encoder=FrozenEstimator(other), store_dir=tmp_path).fit(X)
+    assert len(recorded["sample"]) == n_calls
+
+
 def test_a_killed_fit_goes_on(X, tmp_path, monkeypatch, recorded):
     whole = tiny(n_views=2).fit(X)
     fit, calls = SelfSupervisedEncoder.fit, []

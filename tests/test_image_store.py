@@ -1,11 +1,14 @@
 """Generated samples on disk: made once, whole or made again, never mixed."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from diffaugkit.image_store import StoredRows, stored_samples
-from diffaugkit.persistence import fingerprint
+from diffaugkit.persistence import ModelFileError, fingerprint
 from diffaugkit.runtime import isolated_rng
 
 N, SHAPE = 23, (3, 4, 5)
@@ -76,6 +79,28 @@ def test_a_damaged_shard_is_made_again(tmp_path, damage):
     with pytest.warns(UserWarning, match="shard is generated again"):
         samples = stored_samples(tmp_path, N, again, SETTINGS, shard_size=5)
     assert [rows[0] for rows in again.asked] == [10]
+    assert torch.equal(samples, expected())
+
+
+@pytest.mark.parametrize("refusal", ["read", "write"])
+def test_a_disk_that_refuses_costs_no_shard(tmp_path, monkeypatch, refusal):
+    stored_samples(tmp_path, N, Generator(), SETTINGS, shard_size=5)
+    if refusal == "write":
+        for file in (tmp_path / "shard-00003").iterdir():
+            file.unlink()
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EIO if refusal == "read" else errno.ENOSPC, "refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open" if refusal == "read" else "write", refuse)
+        with pytest.raises((OSError, ModelFileError), match="refused"):
+            stored_samples(tmp_path, N, Generator(), SETTINGS, shard_size=5)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == files
+    again = Generator()
+    samples = stored_samples(tmp_path, N, again, SETTINGS, shard_size=5)
+    assert [rows[0] for rows in again.asked] == ([] if refusal == "read" else [15])
     assert torch.equal(samples, expected())
 
 

@@ -470,7 +470,7 @@ def test_whole_slide_files_go_to_other_processes(package, tmp_path):
     tiles = TissueTiles([pyramid(tmp_path / "s1.tif", image)], 64)
     expected = tiles.read(0)
     again = pickle.loads(pickle.dumps(tiles))
-    assert again._slides[0]._handle[0] is None
+    assert again._slides[0]._reader is None
     np.testing.assert_array_equal(again.read(0), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -519,6 +519,90 @@ def test_what_the_scanner_left_out_is_glass(tmp_path, monkeypatch):
     everything = TissueTiles([tmp_path / "s.mrxs"], 32, min_tissue=0)
     assert (everything.read(0) == 255).all()
     assert (everything.read(1) == PINK).all()
+
+
+def test_more_files_than_a_process_may_open(package, tmp_path):
+    resource = pytest.importorskip("resource")
+    paths = [pyramid(tmp_path / f"{number}.tif", painted(seed=number)) for number in range(40)]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_files = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc").exists() else 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 30, before[1]))
+    try:
+        tiles = TissueTiles(paths, 128, tissue_threshold=None)
+        rows = np.random.default_rng(0).permutation(len(tiles))
+        found = tiles[rows]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    for tile, row in zip(found, rows, strict=True):
+        number, at = divmod(row, 6)
+        top, left = 128 * (at // 3), 128 * (at % 3)
+        expected = painted(seed=number)[top : top + 128, left : left + 128]
+        np.testing.assert_array_equal(tile.permute(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("layout", ["strips", "tiles", "planes"])
+def test_resolution_of_ome_tiff(layout, tmp_path):
+    def resolution(**sizes):
+        image, options = painted(), {"tile": (64, 64)} if layout != "strips" else {}
+        metadata = {"axes": "YXS", **sizes}
+        if layout == "planes":  # grey ones, as many as colours
+            image, metadata["axes"] = image.transpose(2, 0, 1), "CYX"
+        options["photometric"] = "minisblack" if layout == "planes" else "rgb"
+        path = tmp_path / "s.ome.tif"
+        # Where both are told, the tags may be those of a screen.
+        both = {"resolution": (300, 300), "resolutionunit": "CENTIMETER"}
+        tifffile.imwrite(path, image, metadata=metadata, **options, **both)
+        return open_slide(path).mpp
+
+    if layout != "strips":
+        pytest.importorskip("tiffslide")
+    x, y = "PhysicalSizeX", "PhysicalSizeY"
+    assert resolution(**{x: 0.25, y: 0.5}) == (0.5, 0.25)  # the default are microns
+    microns = {f"{axis}Unit": "µm" for axis in (x, y)}
+    assert resolution(**{x: 0.25, y: 0.5}, **microns) == (0.5, 0.25)
+    assert resolution(**{x: 0.25, y: 5e-4, f"{y}Unit": "mm"}) == pytest.approx((0.5, 0.25))
+    assert resolution(**{x: 250, y: 500, f"{x}Unit": "nm", f"{y}Unit": "nm"}) == (0.5, 0.25)
+    tags = pytest.approx((1e4 / 300, 1e4 / 300))
+    for unknown in ({}, {x: 1, y: 1, f"{x}Unit": "pixel"}, {x: 0, y: 1}, {x: 0.25}):
+        assert resolution(**unknown) == tags
+
+
+def test_a_thumbnail_decodes_few_pixels_twice():
+    class Wide(Slide):
+        """Counts the pixels of the 256 x 256 tiles of the file that its regions touch."""
+
+        levels = ((2048, 65536),)
+        decoded = 0
+
+        def read(self, level, top, left, height, width):
+            rows = -(-(top + height) // 256) - top // 256
+            columns = -(-(left + width) // 256) - left // 256
+            self.decoded += rows * columns * 256**2
+            y, x = np.arange(top, top + height), np.arange(left, left + width)
+            return np.stack(np.broadcast_arrays(y[:, None] / 8, x / 256, 128), -1).astype(np.uint8)
+
+    slide = Wide()
+    small = thumbnail(slide, 1024).astype(int)
+    assert slide.decoded < 1.4 * 2048 * 65536
+    assert small.shape == (32, 1024, 3)
+    rows, columns = np.arange(32) * 8 + 3.5, np.arange(1024) / 4
+    np.testing.assert_allclose(small[..., 0], np.tile(rows[:, None], 1024), atol=1.1)
+    np.testing.assert_allclose(small[..., 1], np.tile(columns, (32, 1)), atol=1.1)
+
+
+def test_a_region_of_another_form_is_refused():
+    class Floats(Slide):
+        """Gives colours from 0 to 1."""
+
+        levels = ((64, 64),)
+
+        def read(self, level, top, left, height, width):
+            return np.full((height, width, 3), 0.7)
+
+    with pytest.raises(ValueError, match="Slide 0 cannot be read: it has a region of float64"):
+        TissueTiles([Floats()], 32)
+    with pytest.raises(ValueError, match=r"row 0, column 32 of slide 0 .* a region of float64"):
+        TissueTiles([Floats()], 32, tissue_threshold=None).read(1)
 
 
 @pytest.mark.parametrize("kind", ["png", "palette", "tRNS", "memory"])
@@ -619,6 +703,19 @@ def test_files_that_are_none(tmp_path):
         TissueTiles([tmp_path / "broken.tif"], 16)
     with pytest.raises(ValueError, match="is a folder: give the paths of the slides in it"):
         TissueTiles(tmp_path, 16)
+
+
+def test_a_picture_beyond_the_limit_of_pillow_says_what_to_do(tmp_path, monkeypatch):
+    Image.fromarray(GOOD).save(tmp_path / "s.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    with pytest.raises(ValueError, match=r"Slide s cannot be read: .*tiled TIFF.*MAX_IMAGE_PIXELS"):
+        TissueTiles([tmp_path / "s.png"], 16)
+
+
+@pytest.mark.parametrize("image", [GOOD / 255, GOOD[..., 0], np.dstack([GOOD, GOOD[..., :1]])])
+def test_a_mask_of_what_is_no_rgb_is_refused(image):
+    with pytest.raises(ValueError, match=r"must be RGB of 8 bits, \(h, w, 3\) uint8"):
+        tissue_mask(image)
 
 
 def test_a_file_that_breaks_later_is_named_with_the_tile(tmp_path):
