@@ -764,6 +764,9 @@ def _write_file(folder, name, data, undo, *, commit=False):
         while rest:
             rest = rest[os.write(descriptor, rest) :]
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = os.fspath(folder / name)  # a full disk names no file
+        raise
     finally:
         os.close(descriptor)
     if commit:

@@ -641,6 +641,8 @@ def test_any_call_may_fail(tmp_path, monkeypatch, start):
                 failed = str(error)
         # Only what comes after the commit may fail unseen: the removal of old files.
         assert shim.calls[n - 1] == "unlink" if failed is None else "No space left" in failed
+        if shim.calls[n - 1] == "write":
+            assert str(path) in failed
         if path.exists() and start != "leftovers":
             assert not list(path.glob("*.tmp"))
         found.append(check_after_fault(path, start))
