@@ -17,6 +17,7 @@ full synthetic ``replace_real=True``
 
 import copy
 import warnings
+from dataclasses import asdict
 from numbers import Integral, Real
 
 import numpy as np
@@ -386,7 +387,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
             generator = self._generator()
             check_is_fitted(generator, "module_")
             check_reading(self, generator.image_shape_, generator.layer)
-            generator._check_rows(X)
+            generator._check_rows(X, self.image_shape)
             self.n_features_in_ = generator.n_features_in_
             vars(self).pop("feature_names_in_", None)
             if hasattr(generator, "feature_names_in_"):
@@ -451,7 +452,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         import pandas as pd
 
         generator = self._generator()
-        rows = generator._check_rows(X)
+        rows = generator._check_rows(X, self.image_shape)
         targets = read_targets(y)
         check_consistent_length(range(len(rows)), targets.labels)
         groups = check_groups(groups, len(rows))
@@ -588,37 +589,68 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
             )
 
     def _make_report(self, views, found, targets):
-        """Plain values of the report, on a sample of the rows where there are many."""
-        rng = np.random.default_rng(mix_seed(self._sampling_seed, 3))
-        real = np.sort(rng.permutation(len(views.spots))[:_REPORT_ROWS])
-        place = np.full(len(views.spots), -1)
-        place[real] = np.arange(len(real))
-        picked = np.flatnonzero(place[found["source"]] >= 0)
-        picked = np.sort(rng.permutation(picked)[:_REPORT_ROWS])
-        spots, features = views.spots[real], views.features[real]
-        if len(picked) < 6 or len(np.unique(spots, axis=0)) < 6:
-            return None
-        labels = None if targets.codes is None else targets.codes[real]
-        if labels is not None and np.bincount(labels).max() < 2:
-            labels = None
-        generated = found["spots"][picked]
-
-        def embed(samples):
-            own = samples.shape == spots.shape and np.array_equal(samples, spots)
-            return features if own else found["features"][picked]
-
-        report = quality_report(
-            spots,
-            generated,
-            place[found["source"][picked]],
-            embed=embed,
-            labels=labels,
-            n_neighbors=min(self.n_neighbors, len(real) // 2),
+        names = None if targets.codes is None else np.asarray(targets.classes)[targets.codes]
+        return sampler_report(
+            (views.spots, views.features),
+            (found["spots"], found["features"]),
+            found["source"],
+            names,
+            self.n_neighbors,
+            mix_seed(self._sampling_seed, 3),
         )
-        return report.to_frame().astype(object).iloc[0].to_dict()
 
     def __sklearn_tags__(self):  # noqa: D105
         return sampler_tags(super().__sklearn_tags__())
+
+
+def sampler_report(real, generated, source, labels, n_neighbors, seed):
+    """Plain values of the report, on a sample of the rows where there are many; None for few.
+
+    Parameters
+    ----------
+    real, generated : tuple of two ndarray
+        Spots and features, of one row per sample; see `_Views`.
+    source : ndarray of int
+        Row of `real` of each generated one.
+    labels : ndarray or None
+        Class of each real sample.
+    n_neighbors, seed : int
+        Voters, and the seed of the draw.
+
+    Returns
+    -------
+    dict or None
+        Arguments of a QualityReport.
+    """
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.permutation(len(real[0]))[:_REPORT_ROWS])
+    place = np.full(len(real[0]), -1)
+    place[rows] = np.arange(len(rows))
+    picked = np.flatnonzero(place[source] >= 0)
+    picked = np.sort(rng.permutation(picked)[:_REPORT_ROWS])
+    (spots, features), (made, made_features) = (
+        [part[index] for part in parts] for parts, index in ((real, rows), (generated, picked))
+    )
+    if len(picked) < 6 or len(np.unique(spots, axis=0)) < 6:
+        return None
+    if labels is not None:
+        labels = labels[rows]
+        if np.unique(labels, return_counts=True)[1].max() < 2:
+            labels = None
+
+    def embed(samples):
+        own = samples.shape == spots.shape and np.array_equal(samples, spots)
+        return features if own else made_features
+
+    report = quality_report(
+        spots,
+        made,
+        place[source[picked]],
+        embed=embed,
+        labels=labels,
+        n_neighbors=min(n_neighbors, len(rows) // 2),
+    )
+    return asdict(report)
 
 
 # ---- real and generated samples as the checks see them -------------------------------------------

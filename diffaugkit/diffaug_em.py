@@ -42,6 +42,7 @@ from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X, keep_names_of_rows
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion
 from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
+from diffaugkit.encoder_fits import has_map
 from diffaugkit.runtime import mix_seed
 
 _PAPER_SCHEDULE = {"vectors": (330, 330, 340), "images": (200, 400, 800)}
@@ -234,6 +235,7 @@ class DiffAugEM(TorchTransformer):
         if not isinstance(encoder, FrozenEstimator):
             encoder.set_params(positives_prob=self.augmentation_prob)
         self._check_frozen(encoder, diffusion)
+        self._check_map(encoder, diffusion, rows.is_image)
         if not isinstance(diffusion, FrozenEstimator):
             diffusion._check_parts(rows, conditional=True)
         fitted = conditioner = positives = None
@@ -387,6 +389,19 @@ class DiffAugEM(TorchTransformer):
                 "The frozen diffusion is unconditional: it cannot generate views of a sample."
             )
 
+    def _check_map(self, encoder, diffusion, images):
+        """Refuse condition="projection" of an encoder that makes no map, before any E-step."""
+        listened_to = self._conditioner(encoder, diffusion)
+        listened_to = getattr(listened_to, "estimator", listened_to)
+        if self.condition != "projection" or not isinstance(listened_to, SelfSupervisedEncoder):
+            return
+        method = listened_to._method(images)
+        if not has_map(method, () if images else None):
+            raise ValueError(
+                f"condition='projection' needs an encoder with a low-dimensional map, but "
+                f"method={method!r} makes none: take method='scl', or condition='embedding'."
+            )
+
     def _schedule(self, encoder, n_samples, kind="vectors"):
         if self.schedule == "auto":
             steps = max(1, n_samples // min(getattr(encoder, "batch_size", 300), n_samples))
@@ -482,11 +497,15 @@ class DiffAugEM(TorchTransformer):
             m_loss = m_step.loss(latents, cond)["loss"]
             return {"loss": e_loss + m_loss, "e_loss": e_loss, "m_loss": m_loss}
 
+        # A teacher or queue follows the encoder, here as in an E-step.
+        e_step.module.n_steps = encoder.max_epochs * batches.steps_per_epoch
         _, history = encoder._fit_loop(
             both,
             loss,
             batches,
             seed=self._child_seed(seed, 40 + number),
+            after_step=e_step.module.after_step,
+            **encoder._weight_decay(images=False),
             identity={"encoder": described(encoder), "diffusion": described(diffusion)},
             warmup=0.05,
             grad_clip=5.0,

@@ -529,8 +529,8 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         if self.image_shape_ is None:
             raise ValueError("attention_maps reads the U-Net of images; this model has vectors.")
         t = int(0.3 * self.n_timesteps) if t == "auto" else t
-        if not 0 <= t < self.n_timesteps:
-            raise ValueError(f"t={t!r} must be in [0, n_timesteps={self.n_timesteps}).")
+        if not (isinstance(t, Integral) and 0 <= t < self.n_timesteps):
+            raise ValueError(f"t={t!r} must be an int in [0, n_timesteps={self.n_timesteps}).")
         embeddings = None
         if conditional:
             self._need_condition()
@@ -546,13 +546,13 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             maps.append(_mean_maps(found.self_attention, module.multiple, space.shape[1:]))
         return {size: np.concatenate([part[size] for part in maps]) for size in maps[0]}
 
-    def _check_rows(self, X):
+    def _check_rows(self, X, image_shape=None):
         return check_X(
             self,
             X,
             reset=False,
             layer=self.layer,
-            image_shape=self.image_shape,
+            image_shape=image_shape or self.image_shape,
             images=True,
             allow_counts=False,
         )
@@ -685,7 +685,8 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         space = self._space_of()
         generated = self._image_rows(space.output(space.decode(latents)))
         if self.encoder_ is not None:
-            features = [self._embed(part) for part in (rows, generated)]
+            # Several tokens are compared side by side.
+            features = [self._embed(part).reshape(len(rows), -1) for part in (rows, generated)]
         else:
             pixels = CopySpace(rows, space, len(rows))
             features = [pixels.of(part) for part in (rows, generated)]
@@ -1003,7 +1004,8 @@ def interpolate_rows(a, b, alpha, kind="slerp"):
 
     Parameters
     ----------
-    a, b : ndarray of shape (n, d)
+    a, b : ndarray of shape (n, d) or (n, n_tokens, d)
+        Of several tokens each goes from its own start to its own end.
     alpha : float or array-like of shape (n,)
         Share of `a`, in [0, 1].
     kind : {"slerp", "lerp"}, default="slerp"
@@ -1025,18 +1027,18 @@ def interpolate_rows(a, b, alpha, kind="slerp"):
     alpha = np.asarray(alpha, dtype=a.dtype)
     if alpha.shape not in ((), (len(a),)):
         raise ValueError(f"alpha must be one number or {len(a)} of them, got shape {alpha.shape}.")
-    alpha = np.broadcast_to(alpha, (len(a),))[:, None]
+    alpha = np.broadcast_to(alpha, (len(a),)).reshape(-1, *[1] * (a.ndim - 1))
     if not (alpha.min() >= 0 and alpha.max() <= 1):
         raise ValueError("alpha must be in [0, 1].")
     if kind == "lerp":
         return alpha * a + (1 - alpha) * b
     if kind != "slerp":
         raise ValueError(f"kind must be 'slerp' or 'lerp', got {kind!r}.")
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosine = (a * b).sum(axis=1) / np.where(norms > 0, norms, 1.0)
-    theta = np.arccos(np.clip(cosine, -1, 1))[:, None]
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    cosine = (a * b).sum(axis=-1) / np.where(norms > 0, norms, 1.0)
+    theta = np.arccos(np.clip(cosine, -1, 1))[..., None]
     sine = np.sin(theta)
-    curved = (np.abs(cosine) <= 0.9995)[:, None]
+    curved = (np.abs(cosine) <= 0.9995)[..., None]
     sine = np.where(curved, sine, 1.0)
     weight_a = np.where(curved, np.sin(alpha * theta) / sine, alpha)
     weight_b = np.where(curved, np.sin((1 - alpha) * theta) / sine, 1 - alpha)

@@ -33,7 +33,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch.nn import functional as F
 
 from diffaugkit.arrays import some
-from diffaugkit.augmenter import GenerativeAugmenter
+from diffaugkit.augmenter import GenerativeAugmenter, sampler_report
 from diffaugkit.autoencoder import LatentAutoencoder, _feature_distance, _features
 from diffaugkit.base import (
     HasMethods,
@@ -51,7 +51,7 @@ from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, _as_gi
 from diffaugkit.encoder_fits import auto_epochs
 from diffaugkit.histo_networks import DecoderOf, GuidedDenoiser, LatentClassifier
 from diffaugkit.image_rows import ImageRows, from_unit, to_unit
-from diffaugkit.metrics import NEAR_COPY, copy_ratio, nearest_training_samples
+from diffaugkit.metrics import NEAR_COPY, QualityReport, copy_ratio, nearest_training_samples
 from diffaugkit.resampling import (
     append_like,
     check_reading,
@@ -79,6 +79,8 @@ _MOST_ROUNDS = 5
 _EXAMPLES = 8
 # Images from this size on are generated as latents where the generator is "auto".
 _LARGE = 48
+# Neighbours that vote in the quality report.
+_VOTERS = 10
 # Images from which the components are learned in which copies are looked for.
 _PIXEL_ROWS = 2_000
 # Values of a sparse labelled set up to which it is made dense: the same bits as from an array.
@@ -191,6 +193,10 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
     sample_indices_ : ndarray of shape (n_resampled,), int64
         After ``fit_resample``, for each row of the result the row of `X` that it is, or the nearest
         one of its class in the features.
+    quality_report_ : QualityReport or None
+        After ``fit_resample``, kept samples against the labelled ones, the source of each the
+        nearest of its class in the features; see :func:`~diffaugkit.metrics.quality_report`. None
+        for too few samples.
     history_ : DataFrame
         One row per epoch: phase ("auxiliary", "decoder", "classifier"), epoch, loss, its parts,
         learning_rate.
@@ -264,7 +270,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         "decoder_learning_rate": [Interval(Real, 0, None, closed="neither")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
     }
-    _extra_state = ("_pixel_range", "_layout", "_sampling_seed", "_examples")
+    _extra_state = ("_pixel_range", "_layout", "_sampling_seed", "_examples", "_report")
 
     def __init__(
         self,
@@ -411,7 +417,8 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             Before ``fit``; for input that does not match it.
         """
         check_is_fitted(self, "module_")
-        return cdist(self._features(self._generator()._check_rows(X)), self.centroids_)
+        rows = self._generator()._check_rows(X, self.image_shape)
+        return cdist(self._features(rows), self.centroids_)
 
     @_fit_context(prefer_skip_nested_validation=False)
     @all_or_nothing
@@ -450,6 +457,14 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         form = self if rows.is_image else self._generator()
         X_out = append_like(X, made, rows, indices, form)
         return X_out, take_like(y, indices, X_out)
+
+    @property
+    def quality_report_(self):
+        """Kept against labelled samples after ``fit_resample``; None for too few of either."""
+        check_is_fitted(self, "selection_")
+        # Models that were saved before have none.
+        report = getattr(self, "_report", None)
+        return None if report is None else QualityReport(**report)
 
     def selection_examples(self):
         """Show some kept and some rejected candidates of the last ``fit_resample``.
@@ -505,7 +520,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         self.image_shape_ = rows.image_shape
         self._pixel_range, self._layout = rows.pixel_range, rows.layout
         self._sampling_seed = self._child_seed(seed, _SAMPLES)
-        for name in ("selection_", "sample_indices_", "_examples"):
+        for name in ("selection_", "sample_indices_", "_examples", "_report"):
             vars(self).pop(name, None)
 
         # Selection: centroids of real samples alone.
@@ -555,7 +570,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
                     "unlabeled was given, but diffusion is frozen: it is not fitted again."
                 )
             check_reading(self, generator.image_shape_, generator.layer)
-            rows = generator._check_rows(X)
+            rows = generator._check_rows(X, self.image_shape)
             check_consistent_length(range(len(rows)), codes)
         else:
             diffusion = generator = self._make_diffusion(seed)
@@ -793,10 +808,10 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
 
         # Copies are of what the generator has seen, most of which may have no label.
         space, added = CopySpace(rows if pool is None else pool, self._space(), _PIXEL_ROWS), []
-        spots = space.of(rows)
+        spots = labelled = space.of(rows)
         if pool is not None:
             spots = _different(np.concatenate([spots, space.of(pool)]))
-        made, sources, table, self._examples = [], [], [], []
+        made, sources, judged, table, self._examples = [], [], [], [], []
         for code, (label, wanted) in enumerate(self._wanted()):
             samples, found, distances = self._candidates(code, wanted)
             own, right = distances[:, code], distances.argmin(axis=1) == code
@@ -811,6 +826,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             rejected = rejected[np.argsort(-own[rejected], kind="stable")]
             real = np.flatnonzero(codes == code)
             made.append(samples[kept])
+            judged.append(found[kept])
             if len(kept):
                 added.append(space.of(self._rows_of(samples[kept])))
             sources.append(real[_nearest(found[kept], features[real])])
@@ -830,6 +846,16 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
                 }
             )
         self.selection_ = pd.DataFrame(table)
+        self._report = None
+        if added:
+            self._report = sampler_report(
+                (labelled, features),
+                (np.concatenate(added), np.concatenate(judged)),
+                np.concatenate(sources),
+                self.classes_[codes],
+                _VOTERS,
+                mix_seed(self._sampling_seed, len(codes)),
+            )
         self._warn(table, _copy_ratio(np.concatenate(added), spots) if added else math.nan)
         return np.concatenate(made), np.concatenate(sources)
 

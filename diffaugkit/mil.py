@@ -16,6 +16,7 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 from sklearn.base import ClassifierMixin
+from sklearn.metrics import accuracy_score
 from sklearn.utils import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
@@ -324,20 +325,24 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         out[self._bags(X, groups, reset=False)[2]] = np.concatenate(found)
         return out
 
-    def score(self, X, y, *, groups=None):
+    def score(self, X, y, sample_weight=None, *, groups=None):
         """Accuracy over bags.
 
         Parameters
         ----------
         X, y, groups
             As for ``fit``.
+        sample_weight : array-like of shape (n_bags,) or None, default=None
+            Weights of the bags, in the order of the predictions. A ``Pipeline`` asks for it where
+            metadata are routed.
 
         Returns
         -------
         float
         """
         found = self.predict(X, groups=groups)
-        return float(np.mean(found == _labels_of_bags(y, len(found), groups)))
+        labels = _labels_of_bags(y, len(found), groups)
+        return float(accuracy_score(labels, found, sample_weight=sample_weight))
 
     # ---- pieces ----------------------------------------------------------------------------------
 

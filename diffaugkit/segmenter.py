@@ -271,6 +271,11 @@ class DiffusionSegmenter(PretrainedUNet):
         seed = self._seed()
         shown = [row for row, mask in enumerate(targets) if ((mask > 0) & (mask < IGNORED)).any()]
         train, held = self._split(len(images), groups, seed, shown)
+        if all((targets[row] == IGNORED).all() for row in train):
+            raise ValueError(
+                f"All pixels of the {len(train)} masks to learn from have ignore_label="
+                f"{self.ignore_label}: there is nothing to learn from."
+            )
         self.patch_shape_ = self._make_patch_shape(images)
         self.diffusion_ = None
 

@@ -329,6 +329,18 @@ def test_quality_report(data, frozen):
     assert np.isfinite([report.copy_ratio, report.frechet_distance]).all()
 
 
+def test_a_frozen_generator_of_images_reads_flattened_ones():
+    X = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
+    y = np.arange(24) % 2
+    generator = EmbeddingConditionedDiffusion(None, max_epochs=1, n_sampling_steps=2).fit(X)
+    ungated = {"strength": 0.5, "min_confidence": None, "min_copy_ratio": None}
+    model = tiny(FrozenEstimator(generator), **ungated)
+    expected, _ = model.fit_resample(X, y)
+    model.set_params(image_shape=(8, 8, -1))
+    found, _ = model.fit_resample(X.reshape(24, -1), y)
+    np.testing.assert_array_equal(found, expected.reshape(len(expected), -1))
+
+
 def test_generated_rows_keep_their_label_on_easy_data(blobs):
     X, y = blobs
     rows = np.concatenate([np.flatnonzero(y == c)[:n] for c, n in enumerate((80, 80, 9))])

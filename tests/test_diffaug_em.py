@@ -249,6 +249,27 @@ def test_joint_training_moves_both_networks(blobs):
         assert losses[name].iloc[-3:].mean() < losses[name].iloc[:3].mean()
 
 
+@pytest.mark.parametrize("method", ["dino", "byol", "mocov2"])
+def test_a_teacher_follows_in_joint_training(blobs, method):
+    X, schedules = blobs[0], [(1,), (8,)]
+    encoder = tiny_encoder(method=method, batch_size=40)
+    short, long = (
+        tiny(encoder=encoder, joint=True, schedule=schedule).fit(X).encoder_.module_
+        for schedule in schedules
+    )
+    # What embeds, or stands behind it as its teacher: nothing that learns stays where it began.
+    first, last = (dict(module.named_parameters()) for module in (short, long))
+    stands = [k for k in first if first[k].ndim == 2 and torch.equal(first[k], last[k])]
+    assert not stands
+
+
+@pytest.mark.parametrize("method", ["simsiam", "dino"])
+def test_a_map_that_no_encoder_makes_is_refused_first(blobs, method, monkeypatch):
+    monkeypatch.delattr(SelfSupervisedEncoder, "_fit_loop")
+    with pytest.raises(ValueError, match="condition='projection' needs an encoder with"):
+        tiny(encoder=tiny_encoder(method=method), condition="projection").fit(blobs[0])
+
+
 # ---- parts ---------------------------------------------------------------------------------------
 
 

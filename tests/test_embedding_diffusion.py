@@ -472,6 +472,11 @@ def test_interpolate_rows():
             np.testing.assert_allclose(interpolate_rows(a, special, 1, kind), a, atol=1e-12)
     np.testing.assert_allclose(interpolate_rows(a, b, 0.25, "lerp"), 0.25 * a + 0.75 * b)
     assert interpolate_rows(a.astype(np.float32), b.astype(np.float32), 0.5).dtype == np.float32
+    # Several tokens, here as many as rows: each from its own start to its own end.
+    a4, b4, alphas = a.reshape(4, 5, 5)[:, :4], b.reshape(4, 5, 5)[:, :4], rng.uniform(size=4)
+    for kind in ("slerp", "lerp"):
+        tokens = [interpolate_rows(a4[:, j], b4[:, j], alphas, kind) for j in range(4)]
+        np.testing.assert_array_equal(interpolate_rows(a4, b4, alphas, kind), np.stack(tokens, 1))
     for alpha in (-0.1, 1.1, np.nan, [0.5, 0.5], np.full((20, 1), 0.5)):
         with pytest.raises(ValueError, match="alpha must be"):
             interpolate_rows(a, b, alpha)

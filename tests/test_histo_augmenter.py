@@ -46,6 +46,31 @@ def labelled(blobs):
     return blobs[0][::10], np.array(["a", "b", "c"])[blobs[1][::10]]
 
 
+def test_quality_report(pretrained, labelled, tmp_path):
+    X, y = labelled
+    model = tiny(FrozenEstimator(pretrained), selection="random").fit(X, y)
+    with pytest.raises(NotFittedError):
+        model.quality_report_  # noqa: B018
+    made, _ = model.fit_resample(X, y)
+    report = model.quality_report_
+    assert (report.n_generated, report.n_real) == (len(made) - len(X), len(X))
+    assert set(report.class_frechet_distance) == {"a", "b", "c"}
+    assert 0 <= report.label_consistency <= 1
+    model.save(tmp_path / "model")
+    assert diffaugkit.load(tmp_path / "model").quality_report_ == report
+
+
+def test_a_frozen_generator_of_images_reads_flattened_ones():
+    X = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
+    y = np.arange(24) % 2
+    generator = EmbeddingConditionedDiffusion(None, max_epochs=1, n_sampling_steps=2).fit(X)
+    model = tiny(FrozenEstimator(generator), selection="random")
+    expected, _ = model.fit_resample(X, y)
+    model.set_params(image_shape=(8, 8, -1))
+    found, _ = model.fit_resample(X.reshape(24, -1), y)
+    np.testing.assert_array_equal(found, expected.reshape(len(expected), -1))
+
+
 @pytest.fixture(scope="module")
 def fitted(pretrained, labelled):
     augmenter = tiny(FrozenEstimator(pretrained), width=16, max_epochs=600, n_sampling_steps=20)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
@@ -16,6 +16,7 @@ from diffaugkit import spaces as spaces_file
 from diffaugkit.data import check_X
 from diffaugkit.denoisers import UNetDenoiser
 from diffaugkit.diffusion import SAMPLERS, Diffusion, row_noise
+from diffaugkit.embedding_diffusion import interpolate_rows
 from diffaugkit.runtime import isolated_rng
 from diffaugkit.spaces import LatentSpace, PixelSpace, space_from_state
 
@@ -245,6 +246,29 @@ def test_several_tokens(images):
         tiny(denoiser="mlp", width=8).fit(X.reshape(40, -1) / 255, embeddings=tokens)
 
 
+class Tokens(TransformerMixin, BaseEstimator):
+    """The mean of each third of an image: three tokens of its channels."""
+
+    def fit(self, X, y=None):
+        self.fitted_ = True
+        return self
+
+    def transform(self, X):
+        X = np.asarray(X, dtype=np.float32)
+        return np.stack([part.mean(axis=(1, 2)) for part in np.array_split(X, 3, axis=1)], axis=1)
+
+
+def test_tokens_of_an_encoder(images):
+    X = images[0][:12]
+    model = tiny(encoder=Tokens(), max_epochs=1).fit(X)
+    tokens = model.transform(X)
+    assert tokens.shape == (12, 3, 3)
+    made = model.interpolate(X[:3], X[3:6], [0.2, 0.5, 1.0])
+    between = interpolate_rows(tokens[:3], tokens[3:6], [0.2, 0.5, 1.0])
+    np.testing.assert_array_equal(made, model.sample(between))
+    assert model.quality_report(X).n_real == 12
+
+
 def test_short_conditions_keep_their_length(images):
     X, embeddings = images
     for width, normalised in ((2, False), (7, False), (8, True), (12, True)):
@@ -468,6 +492,9 @@ def test_attention_maps(images, fitted):
     assert not np.array_equal(fitted.attention_maps(X[:2], t=900)[5, 5], found[:2])
     with pytest.raises(ValueError, match="t=1000"):
         fitted.attention_maps(X[:2], t=1000)
+    for t in (2.5, "late"):
+        with pytest.raises(ValueError, match=r"t=.* must be an int in"):
+            fitted.attention_maps(X[:2], t=t)
     with pytest.raises(ValueError, match="no encoder of its own"):
         fitted.attention_maps(X[:2], conditional=True)
     flat = X.reshape(40, -1) / 255

@@ -2,11 +2,14 @@
 
 import inspect
 import pickle
+import warnings
 from itertools import permutations
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,11 +30,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from diffaugkit import SelfSupervisedEncoder, metrics
+from diffaugkit import EmbeddingConditionedDiffusion, SelfSupervisedEncoder, metrics
 from diffaugkit.metrics import (
     QualityReport,
     clustering_accuracy,
     copy_ratio,
+    effective_diversity,
     frechet_distance,
     frechet_scorer,
     kernel_distance,
@@ -406,11 +410,13 @@ def test_nearest_training_samples():
     assert np.array_equal(index, all_pairs.argmin(axis=1))
 
 
-class Copier(GaussianMixture):
-    """A mixture that can also augment."""
-
+class Shifting:
     def augment(self, X):
         return np.asarray(X) + 1.0
+
+
+class Copier(Shifting, GaussianMixture):
+    """A mixture that can also augment."""
 
 
 @pytest.mark.parametrize("scorer", [frechet_scorer, kernel_scorer])
@@ -439,6 +445,30 @@ def test_scorers_with_other_settings(blobs):
     assert scorer(FunctionTransformer(lambda X: 3.0 * X), X) == pytest.approx(3.0)
     with pytest.raises(ValueError, match="PCA has no method 'sample'"):
         frechet_scorer(pca, X)
+
+
+@pytest.mark.parametrize("form", [sp.csr_matrix, ad.AnnData])
+def test_scorers_read_what_the_generator_reads(blobs, form):
+    X, y = (np.concatenate([part] * 2) for part in blobs)
+    encoder = SelfSupervisedEncoder(hidden_sizes=(8,), max_epochs=1, n_pcs=3)
+    model = EmbeddingConditionedDiffusion(encoder, width=8, max_epochs=2, random_state=0)
+    for scorer in (frechet_scorer, make_generation_scorer(kernel_distance, per_class=True)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scores = cross_val_score(model, form(X), y, cv=3, scoring=scorer, error_score="raise")
+        assert np.isfinite(scores).all()
+
+
+def test_scorer_of_the_classes(blobs):
+    X, y = blobs
+    model = Copier(random_state=0).fit(X)
+    per_class = make_generation_scorer(frechet_distance, per_class=True)
+    by_class = frechet_distance(X, X + 1.0, labels=y, generated_labels=y)
+    assert per_class(model, X, y) == -np.mean(list(by_class.values()))
+    with pytest.raises(ValueError, match="needs the classes"):
+        per_class(model, X)
+    # What has no `sample` is asked to augment.
+    assert frechet_scorer(Shifting(), X) == -frechet_distance(X, X + 1.0)
 
 
 def test_scorers_of_encoders(blobs):
@@ -491,6 +521,33 @@ def test_quality_report_equals_its_parts(blobs):
         label_consistency(X, y, generated, y[source], n_neighbors=5), abs=0.05
     )
     assert not report.near_copies
+    assert report.effective_diversity == effective_diversity(X, generated)
+    assert report.class_frechet_distance == frechet_distance(
+        X, generated, labels=y, generated_labels=y[source]
+    )
+    assert set(report.to_frame()) >= {"frechet_distance_0", "frechet_distance_2"}
+    bars = report.plot().patches
+    assert [bar.get_width() for bar in bars][2:4] == [report.recall, report.effective_diversity]
+
+
+def test_effective_diversity():
+    X = normal(200, 5)
+    assert effective_diversity(X, X) == pytest.approx(1.0)
+    assert effective_diversity(X, 3.0 * X) > 1.0
+    # As many different samples, by the score's own definition on two of the eigenvalues.
+    assert effective_diversity([[0.0], [1.0]], [[5.0], [5.0]]) == pytest.approx(1 / slow_vendi(1.0))
+    few = [effective_diversity(X, X[:n].repeat(200 // n, axis=0)) for n in (100, 20, 4)]
+    assert 1.0 > few[0] > few[1] > few[2]
+    assert few[2] < 0.1
+    with pytest.raises(ValueError, match="all rows of real are equal"):
+        effective_diversity(np.ones((5, 2)), X[:5, :2])
+
+
+def slow_vendi(distance):
+    """Of two samples at a distance in units of the kernel's width."""
+    k = np.exp(-(distance**2) / 2)
+    share = np.array([1 + k, 1 - k]) / 2
+    return np.exp(-np.sum(share * np.log(share)))
 
 
 def test_quality_report_has_no_source_among_the_voters():
@@ -546,12 +603,12 @@ def test_quality_report_prints_and_tabulates():
     report = QualityReport(0.9, 0.95, 1.01, 0.8, 0.7, 0.12, 1.5, 1e-5, 100)
     text = str(report)
     assert text.splitlines()[0] == "Quality of 100 generated samples"
-    assert len(text.splitlines()) == 9
+    assert len(text.splitlines()) == 10
     assert "held-out real: 0.950" in text
     assert "near-copies!" in text
     assert "1e-05" in text
     frame = report.to_frame()
-    assert frame.shape == (1, 12)
+    assert frame.shape == (1, 13)
     assert frame.loc[0, "copy_ratio"] == 0.12
     assert len(pd.concat([frame, frame])) == 2
     with pytest.raises(AttributeError):

@@ -8,8 +8,11 @@ import pandas as pd
 import pytest
 import torch
 from scipy.sparse import csr_matrix
+from sklearn import config_context
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import GroupKFold, cross_val_score, cross_validate
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
 
 from diffaugkit import load, mil
@@ -46,6 +49,29 @@ def data():
 @pytest.fixture(scope="module")
 def fitted(data):
     return tiny().fit(*data)
+
+
+def test_a_pipeline_that_routes_groups_is_scored():
+    rng = np.random.default_rng(0)
+    X, groups = rng.normal(size=(60, 4)), np.repeat(np.arange(20), 3)
+    of_bags = np.arange(20) // 2 % 2
+    y, model = of_bags[groups], tiny()
+    with config_context(enable_metadata_routing=True):
+        for name in ("fit", "predict", "score"):
+            getattr(model, f"set_{name}_request")(groups=True)
+        scores = cross_validate(
+            make_pipeline(StandardScaler(), model),
+            X,
+            y,
+            cv=GroupKFold(2),
+            params={"groups": groups},
+            error_score="raise",
+        )["test_score"]
+    assert ((scores >= 0) & (scores <= 1)).all()
+    weight = np.arange(20.0)
+    right = model.fit(X, y, groups=groups).predict(X, groups=groups) == of_bags
+    weighted = model.score(X, y, weight, groups=groups)
+    assert weighted == pytest.approx((right * weight).sum() / weight.sum())
 
 
 def test_attention_finds_the_key_instances_and_beats_the_mean():

@@ -381,6 +381,7 @@ def test_paths_are_no_masks():
     for call in (
         lambda: label_instances(["a.png", "b.png"]),
         lambda: dice_score(["a.png"], ["b.png"]),
+        lambda: dice_score(["a.png", "b.png"], np.zeros((2, 3, 3), int)),
         lambda: object_f1("a.png", "b.png"),
     ):
         with pytest.raises(ValueError, match=r"got paths: give \[PIL\.Image\.open\(path\) for"):

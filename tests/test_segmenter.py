@@ -351,6 +351,12 @@ def test_ignored_pixels_do_not_matter(data):
     assert model.score(X, inverted) == 1.0
 
 
+def test_masks_without_any_label_are_refused():
+    X = np.zeros((4, 8, 8), np.uint8)
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        tiny(classes=[0, 1], ignore_label=9).fit(X, np.full(X.shape, 9))
+
+
 def test_an_ignored_label_is_no_class(data):
     X, masks = data
     masks = np.where(np.arange(16) < 3, 9, masks)

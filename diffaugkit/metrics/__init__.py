@@ -17,6 +17,7 @@ from diffaugkit.metrics.embeddings import (
 )
 from diffaugkit.metrics.generation import (
     copy_ratio,
+    effective_diversity,
     frechet_distance,
     kernel_distance,
     nearest_training_samples,
@@ -77,6 +78,7 @@ __all__ = [
     "copy_ratio",
     "dice_score",
     "dice_scorer",
+    "effective_diversity",
     "frechet_distance",
     "frechet_scorer",
     "hausdorff_distance",

@@ -128,17 +128,19 @@ def extract_features(extractor, X, name="X"):
         return X
     if hasattr(extractor, "transform"):
         features = np.asarray(to_numpy(extractor.transform(X)))
+        n_samples = len(features)  # it reads what has no length of samples: folders, shards
     elif callable(extractor):
-        parts = [to_numpy(extractor(X[rows])) for rows in gen_batches(len(X), 256)]
+        n_samples = X.shape[0] if hasattr(X, "shape") else len(X)
+        parts = [to_numpy(extractor(X[rows])) for rows in gen_batches(n_samples, 256)]
         features = np.concatenate([np.asarray(part) for part in parts])
     else:
         raise TypeError(
             f"extractor must be a fitted estimator with transform, or a callable, got "
             f"{type(extractor).__name__}; pass an encoder or metrics.inception_extractor(path)."
         )
-    if features.ndim != 2 or len(features) != len(X):
+    if features.ndim != 2 or len(features) != n_samples:
         raise ValueError(
             f"extractor must return one row of features per sample: it gave shape "
-            f"{features.shape} for the {len(X)} samples of {name}; pool feature maps first."
+            f"{features.shape} for the {n_samples} samples of {name}; pool feature maps first."
         )
     return features

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.spatial.distance import pdist, squareform
 from sklearn import config_context
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.neighbors import NearestNeighbors
-from sklearn.utils import check_consistent_length, gen_batches
+from sklearn.utils import check_consistent_length, check_random_state, gen_batches
 
 from diffaugkit.metrics.checks import (
     about_center,
@@ -20,6 +21,9 @@ from diffaugkit.metrics.checks import (
     check_pair,
     extract_features,
 )
+
+# Samples that `effective_diversity` compares: its cost grows with their cube.
+_MOST_DIVERSE = 1_000
 
 
 def frechet_distance(
@@ -305,6 +309,60 @@ def spread_ratio(real: ArrayLike, generated: ArrayLike) -> float:
     return float(np.sqrt(np.var(generated, axis=0, ddof=1, dtype=np.float64).sum() / total))
 
 
+def effective_diversity(real: ArrayLike, generated: ArrayLike, *, random_state: Any = 0) -> float:
+    r"""Effective number of different generated samples, over that of as many real ones.
+
+    A ratio of Vendi scores (Friedman and Dieng 2023, Eq. 1), :math:`\exp(-\sum_i \lambda_i \log
+    \lambda_i)` with the eigenvalues :math:`\lambda` of K / n: n for n samples that have nothing in
+    common, 1 for n equal ones. The kernel K is Gaussian, as wide as the median distance of a real
+    sample to its nearest other one, so that near-copies of each other count as one.
+
+    Parameters
+    ----------
+    real : array-like of shape (n_real, n_features)
+        Real samples or their embedding, at least 2.
+    generated : array-like of shape (n_generated, n_features)
+        Generated ones in the same space, at least 2.
+    random_state : int, RandomState instance or None, default=0
+        Draws equal numbers of both, at most 1 000: the score grows with their number.
+
+    Returns
+    -------
+    ratio : float > 0
+        1 is as diverse as the real samples, less is a generator that repeats itself; above 1 it
+        spreads more widely than they do.
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree, values are not finite, there are fewer than 2 samples, or the real
+        ones are all equal.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from diffaugkit.metrics import effective_diversity
+    >>> real = np.random.default_rng(0).normal(size=(100, 5))
+    >>> effective_diversity(real, real)
+    1.0
+    >>> round(effective_diversity(real, real[:10].repeat(10, axis=0)), 2)
+    0.16
+    """
+    real, generated = check_pair(real, generated, min_samples=2)
+    if (real == real[0]).all():
+        raise ValueError("effective_diversity is undefined: all rows of real are equal.")
+    n = min(len(real), len(generated), _MOST_DIVERSE)
+    rng = check_random_state(random_state)
+    within, between = (
+        squareform(pdist(X[np.sort(rng.permutation(len(X))[:n])].astype(np.float64)))
+        for X in (real, generated)
+    )
+    nearest = np.where(within > 0, within, np.inf).min(axis=1)
+    # Of rows that are nearly all equal, equal ones may be drawn.
+    width = np.median(nearest) if within.any() else np.sqrt(np.var(real, axis=0).sum())
+    return float(_vendi(between, width) / _vendi(within, width))
+
+
 # ------------------------------------------------------------------ helpers
 
 
@@ -338,6 +396,13 @@ def _compare(score, real, generated, extractor, labels, generated_labels):
             )
         values[name] = score(own, other)
     return values
+
+
+def _vendi(distance, width):
+    """Exponential of the entropy of the eigenvalues of a kernel."""
+    share = np.linalg.eigvalsh(np.exp(-0.5 * np.square(distance / width)) / len(distance))
+    share = share[share > 0]
+    return np.exp(-np.sum(share * np.log(share)))
 
 
 def _frechet(real, generated):

@@ -21,6 +21,7 @@ from diffaugkit.metrics.checks import (
 )
 from diffaugkit.metrics.generation import (
     copy_ratio,
+    effective_diversity,
     frechet_distance,
     kernel_distance,
     kernel_estimate,
@@ -66,6 +67,11 @@ class QualityReport:
     real_nearest_distance : float >= 0 or None, default=None
         Median distance of a real sample to its nearest other one. Generated samples that lie much
         nearer than this repeat their training data, whatever their sources were.
+    effective_diversity : float > 0 or None, default=None
+        See :func:`effective_diversity`; 1 is as diverse as the real samples.
+    class_frechet_distance : dict of class to float, or None, default=None
+        Frechet distance of each class of which there are two samples of either kind. None without
+        labels or sources.
 
     Examples
     --------
@@ -87,6 +93,8 @@ class QualityReport:
     n_real: int | None = None
     nearest_distance: float | None = None
     real_nearest_distance: float | None = None
+    effective_diversity: float | None = None
+    class_frechet_distance: dict | None = None
 
     @property
     def near_copies(self) -> bool:
@@ -94,10 +102,53 @@ class QualityReport:
         return self.copy_ratio is not None and self.copy_ratio < NEAR_COPY
 
     def to_frame(self):
-        """Return the report as a pandas DataFrame of one row, one column per value."""
+        """Return the report as a pandas DataFrame of one row, one column per value and class."""
         import pandas as pd
 
-        return pd.DataFrame([asdict(self)])
+        values = asdict(self)
+        classes = values.pop("class_frechet_distance") or {}
+        named = {f"frechet_distance_{name}": value for name, value in classes.items()}
+        return pd.DataFrame([values | named])
+
+    def plot(self, ax=None):
+        """Draw as bars the values of which real samples have a known one, which is marked.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            Where to draw; None makes a figure.
+
+        Returns
+        -------
+        matplotlib Axes
+        """
+        import matplotlib.pyplot as plt
+
+        real = {
+            "label_consistency": self.real_label_consistency,
+            "precision": 1.0,
+            "recall": 1.0,
+            "effective_diversity": 1.0,
+            "spread_ratio": 1.0,
+            "copy_ratio": 1.0,
+        }
+        values = {name: value for name in real if (value := getattr(self, name)) is not None}
+        if ax is None:
+            ax = plt.figure(figsize=(6.0, 3.4), layout="constrained").add_subplot()
+        places = np.arange(len(values))[::-1]
+        alarm = [name == "copy_ratio" and self.near_copies for name in values]
+        colors = np.where(alarm, "#d55e00", "#0072b2")
+        bars = ax.barh(places, list(values.values()), color=colors, height=0.7)
+        ax.bar_label(bars, fmt="%.2f", padding=3)
+        marks = [real[name] for name in values]
+        for place, mark in zip(places, marks, strict=True):
+            ax.plot([mark, mark], [place - 0.45, place + 0.45], color="black")
+        ax.plot([], [], color="black", label="real samples")
+        ax.set_yticks(places, [name.replace("_", " ") for name in values])
+        ax.set_xlim(0, 1.15 * max([1.0, *values.values()]))
+        ax.set_title(f"Quality of {self.n_generated} generated samples", loc="left")
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+        return ax
 
     def __str__(self) -> str:
         """Return a table: value, and how to read it."""
@@ -107,6 +158,7 @@ class QualityReport:
             "spread_ratio": "best 1",
             "precision": "best 1 (fidelity)",
             "recall": "best 1 (diversity)",
+            "effective_diversity": "1 = as diverse as real",
             "copy_ratio": "near-copies!" if self.near_copies else "0 = copies, 1 = new samples",
             "nearest_distance": "" if between is None else f"between real: {between:.4g}",
             "frechet_distance": "best 0; falls with the number of samples",
@@ -117,7 +169,7 @@ class QualityReport:
         for name, note in reading.items():
             value = getattr(self, name)
             text = "-" if value is None else f"{value:.4g}" if "dist" in name else f"{value:.3f}"
-            lines.append(f"  {name.replace('_', ' '):<18}{text:>10}   {note}".rstrip())
+            lines.append(f"  {name.replace('_', ' '):<19}{text:>9}   {note}".rstrip())
         return "\n".join(lines)
 
 
@@ -194,9 +246,15 @@ or None, default=None
     real, generated = check_pair(real, generated, min_samples=2)
     if source is not None:
         source = source_rows(source, real, len(generated))
-    consistency = real_consistency = None
+    consistency = real_consistency = by_class = None
     if labels is not None:
-        codes = check_labels(labels, n=len(real), name="labels")[1]
+        classes, codes = check_labels(labels, n=len(real), name="labels")
+        if source is not None:
+            by_class = {
+                name: frechet_distance(real[codes == code], generated[codes[source] == code])
+                for code, name in enumerate(classes.tolist())
+                if min(np.sum(codes == code), np.sum(codes[source] == code)) > 1
+            }
         real_e, generated_e = (x if embed is None else embed(x) for x in (real, generated))
         real_e, generated_e = check_pair(real_e, generated_e)
         if (len(generated_e), len(real_e)) != (len(generated), len(real)):
@@ -219,6 +277,8 @@ or None, default=None
         n_real=len(real),
         nearest_distance=float(np.median(nearest_training_samples(real, generated)[0])),
         real_nearest_distance=float(np.median(between_real)),
+        effective_diversity=effective_diversity(real, generated),
+        class_frechet_distance=by_class,
     )
 
 
@@ -228,27 +288,47 @@ or None, default=None
 class _GenerationScorer:
     """What :func:`make_generation_scorer` makes; a class, so that it can be pickled."""
 
-    def __init__(self, score_func, extractor, method, n_samples, greater_is_better, kwargs):
+    def __init__(
+        self, score_func, extractor, method, n_samples, per_class, greater_is_better, kwargs
+    ):
         self.score_func, self.extractor, self.method = score_func, extractor, method
-        self.n_samples, self.greater_is_better, self.kwargs = n_samples, greater_is_better, kwargs
+        self.n_samples, self.per_class = n_samples, per_class
+        self.greater_is_better, self.kwargs = greater_is_better, kwargs
 
     def __call__(self, estimator, X, y=None):
         """Return the score of what the estimator generates against `X`, larger being better."""
-        generated = self._generate(estimator, X)
-        real = extract_features(self.extractor, X, "X")
-        generated = extract_features(self.extractor, generated, "generated")
-        value = self.score_func(real, generated, **self.kwargs)
-        return float(value) if self.greater_is_better else -float(value)
+        n = X.shape[0] if hasattr(X, "shape") else len(X)
+        generated, kwargs, extractor = self._generate(estimator, X, n), self.kwargs, self.extractor
+        if self.per_class:
+            if y is None:
+                raise ValueError("per_class=True needs the classes y of the held-out samples.")
+            labels = np.asarray(y)
+            made = np.repeat(labels, len(generated) // n)
+            kwargs = {**kwargs, "labels": labels, "generated_labels": made}
+        is_matrix = hasattr(X, "__array__") and np.ndim(X) == 2
+        if extractor is None and not is_matrix and hasattr(estimator, "transform"):
+            extractor = estimator  # reads images, sparse rows and AnnData, as it did in fit
+        real = extract_features(extractor, X, "X")
+        with warnings.catch_warnings():
+            # Generated rows have the columns of the fit, without their names.
+            warnings.filterwarnings("ignore", message="X does not have valid feature names")
+            generated = extract_features(extractor, generated, "generated")
+        value = self.score_func(real, generated, **kwargs)
+        value = float(np.mean(list(value.values())) if self.per_class else value)
+        return value if self.greater_is_better else -value
 
-    def _generate(self, estimator, X):
-        generate = getattr(estimator, self.method, None)
+    def _generate(self, estimator, X, n):
+        method = self.method
+        if method == "auto":
+            has_sample = hasattr(estimator, "sample") and not self.per_class
+            method = "sample" if has_sample or not hasattr(estimator, "augment") else "augment"
+        generate = getattr(estimator, method, None)
         if generate is None:
             raise ValueError(
-                f"{type(estimator).__name__} has no method {self.method!r}, so that it cannot be "
+                f"{type(estimator).__name__} has no method {method!r}, so that it cannot be "
                 "scored as a generator; name its own by make_generation_scorer(method=...)."
             )
-        if self.method == "sample":
-            n = X.shape[0] if hasattr(X, "shape") else len(X)
+        if method == "sample":
             generated = generate(n if self.n_samples is None else self.n_samples)
         else:
             generated = generate(X)
@@ -264,8 +344,9 @@ def make_generation_scorer(
     score_func: Callable,
     *,
     extractor: Any = None,
-    method: str = "sample",
+    method: str = "auto",
     n_samples: int | None = None,
+    per_class: bool = False,
     greater_is_better: bool = False,
     **kwargs: Any,
 ) -> Callable:
@@ -278,14 +359,18 @@ def make_generation_scorer(
     score_func : callable
         ``score_func(real, generated, **kwargs)``, such as :func:`frechet_distance`.
     extractor : fitted estimator with `transform`, callable or None, default=None
-        As in :func:`frechet_distance`. Give a fixed one when encoders are tuned: distances in the
-        space of each candidate's own encoder do not compare.
-    method : str, default="sample"
+        As in :func:`frechet_distance`. None compares matrices as they are, and all else (images,
+        sparse rows, AnnData) by the estimator's own `transform`. Give a fixed one when encoders
+        are tuned: distances in the space of each candidate's own encoder do not compare.
+    method : str, default="auto"
         How to generate: "sample" is called with a number, any other method, such as "augment",
-        with the held-out samples.
+        with the held-out samples. "auto" is "sample" where the estimator has it, else "augment".
     n_samples : int or None, default=None
         How many to sample. None takes as many as there are held-out samples: the Frechet distance
         falls with the number, so that folds of other sizes have other values.
+    per_class : bool, default=False
+        Score the mean over the classes `y` of the held-out samples; what is made from a sample
+        ("auto" is then "augment") has its class.
     greater_is_better : bool, default=False
         Whether a large value is good. Distances are not, and come out negative.
     **kwargs : dict
@@ -312,7 +397,9 @@ def make_generation_scorer(
     >>> search.fit(load_iris().data).best_params_
     {'n_components': 3}
     """
-    return _GenerationScorer(score_func, extractor, method, n_samples, greater_is_better, kwargs)
+    return _GenerationScorer(
+        score_func, extractor, method, n_samples, per_class, greater_is_better, kwargs
+    )
 
 
 #: Negative :func:`frechet_distance` of as many samples as are held out.

@@ -736,13 +736,17 @@ def row_hausdorff(
 # ------------------------------------------------------------------ helpers
 
 
-def _mask(y, name):
-    y = np.asarray(to_numpy(y))
-    if any(isinstance(value, str | os.PathLike) for value in y.ravel()[:1]):
+def _refuse_paths(y, name):
+    if getattr(y, "ndim", 1) and isinstance(next(iter(y), None), str | os.PathLike):
         raise ValueError(
             f"{name} must hold arrays, tensors or PIL images, got paths: give "
             f"[PIL.Image.open(path) for path in {name}]."
         )
+
+
+def _mask(y, name):
+    y = np.asarray(to_numpy(y))
+    _refuse_paths(y.ravel(), name)
     if y.dtype.kind not in "biu":
         raise ValueError(f"{name} must hold bool or int labels, got {y.dtype}; threshold it first.")
     return y
@@ -805,6 +809,9 @@ def _refuse_mixed(true, predicted, labels):
 
 def _region_sizes(y_true, y_pred, labels, per_image, ignore_label):
     """Return overlap, true and predicted size in pixels, each (n_images or 1, n_labels)."""
+    for name, y in (("y_true", y_true), ("y_pred", y_pred)):
+        if hasattr(y, "__len__"):
+            _refuse_paths(y, name)
     true, predicted, ends = _aligned(y_true, y_pred)
     true, predicted = _mask(true, "y_true"), _mask(predicted, "y_pred")
     if not true.size:
