@@ -42,7 +42,7 @@ class Batches:
         self.seed = int(seed)
         self.device = device
         self._block = max((getattr(source, "shuffle_block", 1) for source in sources), default=1)
-        self._reads = any(not isinstance(s, torch.Tensor) for s in sources if s is not None)
+        self._reads = any(not _lies_on(s, device) for s in sources if s is not None)
 
     @property
     def steps_per_epoch(self):
@@ -125,6 +125,7 @@ class Batches:
     def _iterate(self, order, start):
         rank, world = process_rank()
         bounds, step = self._bounds(), self._window()
+        there = [_lies_on(source, self.device) for source in self.sources]
         if not self._reads:
             order = order.to(self.device)
         while start < len(bounds):
@@ -133,7 +134,12 @@ class Batches:
             parts = [order[low:high][rank::world] for low, high in bounds[start:stop]]
             sizes = [len(part) for part in parts]
             index = parts[0] if len(parts) == 1 else torch.cat(parts)
-            taken = [None if s is None else self._send(take(s, index)) for s in self.sources]
+            # Sent once and pinned, or the thread that reads ahead would wait for the device.
+            near = self._send(index) if any(there) else None
+            taken = [
+                None if s is None else take(s, near) if on_device else self._send(take(s, index))
+                for s, on_device in zip(self.sources, there, strict=True)
+            ]
             pieces = [[None] * len(sizes) if t is None else t.split(sizes) for t in taken]
             yield from zip(*pieces, strict=True)
             start = stop
@@ -234,6 +240,10 @@ def take(source, index):
     if isinstance(source, torch.Tensor):
         return source.index_select(0, index.to(source.device))
     return source[index.cpu().numpy()]
+
+
+def _lies_on(source, device):
+    return isinstance(source, torch.Tensor) and source.device == device
 
 
 def _ahead(batches):

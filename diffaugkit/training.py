@@ -15,6 +15,7 @@ trains on all of them. A process on its own needs none of it and goes without.
 """
 
 import contextlib
+import copy
 import math
 import time
 import traceback
@@ -23,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from diffaugkit.persistence import (
     ModelFileError,
@@ -124,29 +124,30 @@ def scheduled_rate(step, n_steps, learning_rate, *, warmup=0, schedule="cosine")
     return learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class _Average(AveragedModel):
+class _Average(nn.Module):
     """Exponential moving average of weights and statistics whose decay warms up.
 
-    After update t = 1, 2, ... the decay is min(decay, (1 + t) / (10 + t)); the first update copies.
-    Buffers of integers (counters) are copied.
+    After update t = 1, 2, ... the decay is min(decay, (1 + t) / (10 + t)); update 0 copies. Buffers
+    of integers (counters) are copied. torch's ``AveragedModel`` sends its count to the device at
+    every update, which waits for a GPU.
     """
 
     def __init__(self, module, decay):
-        super().__init__(module, multi_avg_fn=self._lerp, use_buffers=True)
+        super().__init__()
+        self.module = copy.deepcopy(module).requires_grad_(False)
         self.decay = decay
-        self.requires_grad_(False)
-
-    def update(self, module, n_updates):
-        # Kept as a number: the tensor that torch counts with would have to come from the device.
-        self._weight = 1 - min(self.decay, (1 + n_updates) / (10 + n_updates))
-        self.update_parameters(module)
 
     @torch.no_grad()
-    def _lerp(self, averages, currents, _):
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, currents, self._weight)
-        else:
-            torch._foreach_copy_(averages, currents)
+    def update(self, module, n_updates):
+        weight = 1 - min(self.decay, (1 + n_updates) / (10 + n_updates)) if n_updates else 1.0
+        averages, currents = ([*m.parameters(), *m.buffers()] for m in (self.module, module))
+        floats, counters = [], []
+        for pair in zip(averages, currents, strict=True):
+            (floats if pair[0].is_floating_point() else counters).append(pair)
+        if floats:
+            torch._foreach_lerp_(*zip(*floats, strict=True), weight)
+        if counters:
+            torch._foreach_copy_(*zip(*counters, strict=True))
 
 
 # ---- the loop ------------------------------------------------------------------------------------
