@@ -70,9 +70,12 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
     layer : str or None, default=None
         Layer of an AnnData to read instead of ``.X``.
     max_epochs : int or "auto", default="auto"
-        As many as make 1 000 batches, from 10 to 200.
+        As many as make 1 000 steps, from 10 to 200.
     batch_size : int, default=16
         Bags of a batch: shorter ones are padded, and masked.
+    accumulate : int, default=1
+        Batches whose mean gradient makes one step. For bags of many thousand patches:
+        ``batch_size=1, accumulate=16`` has one bag at a time in memory and takes the same steps.
     learning_rate : float, default=1e-3
         Peak rate of AdamW with warm-up and cosine.
     weight_decay : float, default=1e-2
@@ -141,6 +144,7 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         "class_weight": [dict, StrOptions({"balanced"}), None],
         "layer": [str, None],
         "max_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "accumulate": [Interval(Integral, 1, None, closed="left")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
     }
 
@@ -156,6 +160,7 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         layer=None,
         max_epochs="auto",
         batch_size=16,
+        accumulate=1,
         learning_rate=1e-3,
         weight_decay=1e-2,
         device="auto",
@@ -175,6 +180,7 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         self.layer = layer
         self.max_epochs = max_epochs
         self.batch_size = batch_size
+        self.accumulate = accumulate
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.device = device
@@ -244,13 +250,15 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
             seed=self._child_seed(seed, 1),
             device=device,
         )
-        epochs = auto_epochs(self.max_epochs, batches.steps_per_epoch, paper=200)
+        steps = -(-batches.steps_per_epoch // self.accumulate)
+        epochs = auto_epochs(self.max_epochs, steps, paper=200)
         self.module_, history = self._fit_loop(
             module,
             state.loss,
             batches,
             seed=seed,
             max_epochs=epochs,
+            accumulate=self.accumulate,
             weight_decay=self.weight_decay,
             warmup=0.05,
             grad_clip=5.0,

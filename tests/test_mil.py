@@ -74,6 +74,21 @@ def test_a_pipeline_that_routes_groups_is_scored():
     assert weighted == pytest.approx((right * weight).sum() / weight.sum())
 
 
+def test_accumulated_bags_take_the_same_steps(data):
+    whole, one_by_one = (
+        tiny(batch_size=size, accumulate=20 // size, class_weight={0: 1.0, 1: 3.0}).fit(*data)
+        for size in (20, 1)
+    )
+    assert whole.n_iter_ == one_by_one.n_iter_
+    # Adam makes whole steps of gradients that are rounding errors: what matters is compared.
+    expected = whole.predict_proba(data[0])
+    np.testing.assert_allclose(one_by_one.predict_proba(data[0]), expected, atol=1e-3)
+    each = tiny(batch_size=1, class_weight={0: 1.0, 1: 3.0}).fit(*data)
+    assert np.abs(each.predict_proba(data[0]) - expected).max() > 0.02
+    epochs = [tiny(max_epochs="auto", batch_size=n, accumulate=20 // n) for n in (20, 5)]
+    assert epochs[0].fit(*data).n_iter_ == epochs[1].fit(*data).n_iter_ == 200
+
+
 def test_attention_finds_the_key_instances_and_beats_the_mean():
     bags, y, _ = bags_with_keys(100, length=(40, 80))
     test_bags, y_test, keys = bags_with_keys(100, seed=1, length=(40, 80))
