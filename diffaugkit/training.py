@@ -85,11 +85,11 @@ class NonFiniteLossError(FloatingPointError):
 # ---- schedule and averages -----------------------------------------------------------------------
 
 
-def scheduled_rate(step, n_steps, learning_rate, *, warmup=0, schedule="cosine"):
+def scheduled_rate(step, n_steps, learning_rate, *, warmup=0):
     """Learning rate of one optimiser step, in closed form.
 
     Linear warm-up, ``rate * (step + 1) / warmup``, then half a cosine down to zero (Loshchilov and
-    Hutter 2017, "SGDR", equation 5, one period) or a constant. A function of the step has no state
+    Hutter 2017, "SGDR", equation 5, one period). A function of the step has no state
     to save.
 
     Parameters
@@ -102,8 +102,6 @@ def scheduled_rate(step, n_steps, learning_rate, *, warmup=0, schedule="cosine")
         Rate at the end of the warm-up.
     warmup : int or float, default=0
         Steps of warm-up, or their share of `n_steps` if between 0 and 1.
-    schedule : {"cosine", "constant"}, default="cosine"
-        What follows the warm-up.
 
     Returns
     -------
@@ -118,8 +116,6 @@ def scheduled_rate(step, n_steps, learning_rate, *, warmup=0, schedule="cosine")
     n_warmup = round(warmup * n_steps) if 0 < warmup < 1 else int(warmup)
     if step < n_warmup:
         return learning_rate * (step + 1) / n_warmup
-    if schedule == "constant":
-        return learning_rate
     progress = (step - n_warmup) / max(n_steps - n_warmup, 1)
     return learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -163,7 +159,6 @@ def fit_loop(
     weight_decay=0.0,
     final_weight_decay=None,
     warmup=0,
-    schedule="cosine",
     ema_decay=None,
     grad_clip=None,
     clip_each=False,
@@ -174,10 +169,7 @@ def fit_loop(
     seed=0,
     after_step=None,
     callbacks=(),
-    patience=None,
-    min_delta=0.0,
     checkpoint_dir=None,
-    checkpoint_every=1,
     checkpoint_every_steps=None,
     identity=None,
     verbose=0,
@@ -208,8 +200,6 @@ def fit_loop(
         Decay of the last step, reached from `weight_decay` along half a cosine (DINO: 0.04 to 0.4).
     warmup : int or float, default=0
         Optimiser steps of linear warm-up, or their share of all steps if between 0 and 1.
-    schedule : {"cosine", "constant"}, default="cosine"
-        Learning rate after the warm-up.
     ema_decay : float or None, default=None
         Decay of an exponential moving average of the weights, which is then what is returned.
         Update t = 1, 2, ... takes min(ema_decay, (1 + t) / (10 + t)), so that short fits forget the
@@ -232,20 +222,13 @@ def fit_loop(
         ``after_step(step)`` after each optimiser step, from 0, without gradients.
     callbacks : callable, iterable of callables or None, default=()
         ``callback(epoch, history)`` after each epoch; True stops the fit.
-    patience : int or None, default=None
-        Stop after this many epochs without a lower mean loss. The weights stay those of the last
-        epoch: a loss of self-supervision is no measure by which to pick an epoch.
-    min_delta : float, default=0.0
-        How much lower counts as lower.
     checkpoint_dir : str, path-like or None, default=None
         Folder whose sub-folder ``training`` holds the newest checkpoint. A fit that finds one of
         the same configuration, data and initial weights goes on from it, and returns at once if it
         was finished. One that a callback stopped goes on where no callback is given any more.
-    checkpoint_every : int, default=1
-        Epochs between checkpoints.
     checkpoint_every_steps : int or None, default=None
-        Optimiser steps between further checkpoints within an epoch. In one process there is one
-        every ten minutes anyway.
+        Optimiser steps between checkpoints within an epoch, beside those at its end. In one process
+        there is one every ten minutes anyway.
     identity : dict or None, default=None
         What else tells this fit from others (what the loss depends on beside module and batches),
         as values of JSON: a checkpoint is taken up only where it is the same.
@@ -296,17 +279,14 @@ def fit_loop(
         "weight_decay": weight_decay,
         "final_weight_decay": final_weight_decay,
         "warmup": warmup,
-        "schedule": schedule,
         "ema_decay": ema_decay,
         "grad_clip": grad_clip,
         "clip_each": clip_each,
         "accumulate": accumulate,
         "precision": precision,
         "seed": seed,
-        "patience": patience,
-        "min_delta": min_delta,
     }
-    _check_settings({**settings, "checkpoint_every": checkpoint_every})
+    _check_settings(settings)
     callbacks = [callbacks] if callable(callbacks) else list(callbacks or ())
 
     with isolated_rng(seed, device), tf32(device), contextlib.ExitStack() as stack:
@@ -365,9 +345,7 @@ def fit_loop(
                         continue
 
                     # step
-                    rate = scheduled_rate(
-                        state.step, n_updates, learning_rate, warmup=warmup, schedule=schedule
-                    )
+                    rate = scheduled_rate(state.step, n_updates, learning_rate, warmup=warmup)
                     for param_group in optimizer.param_groups:
                         param_group["lr"] = rate
                     if final_weight_decay is not None:
@@ -405,11 +383,9 @@ def fit_loop(
                 # stop?
                 state.epoch, state.batch = state.epoch + 1, 0
                 stops = [_asks_to_stop(c(state.epoch - 1, state.history)) for c in callbacks]
-                stops.append(_has_stalled(state.history, patience, min_delta))
-                state.stopped = processes.any(stops[: len(callbacks)])
-                state.finished = state.epoch == max_epochs or processes.any(stops)
-                if state.finished or state.epoch % checkpoint_every == 0:
-                    state.save(processes)
+                state.stopped = processes.any(stops)
+                state.finished = state.epoch == max_epochs or state.stopped
+                state.save(processes)
         except Exception as error:
             if isinstance(error, NonFiniteLossError):
                 good.restore()
@@ -431,17 +407,13 @@ def fit_loop(
 
 
 def _check_settings(settings):
-    counts = [("max_epochs", 1), ("accumulate", 1), ("checkpoint_every", 1)]
-    for name, low in [*counts, ("learning_rate", 0), ("warmup", 0)]:
+    for name, low in (("max_epochs", 1), ("accumulate", 1), ("learning_rate", 0), ("warmup", 0)):
         if not settings[name] >= low:
             raise ValueError(f"{name}={settings[name]!r} must be at least {low}.")
-    if settings["schedule"] not in ("cosine", "constant"):
-        raise ValueError(f"schedule={settings['schedule']!r} must be 'cosine' or 'constant'.")
     if settings["ema_decay"] is not None and not 0 <= settings["ema_decay"] < 1:
         raise ValueError(f"ema_decay={settings['ema_decay']!r} must be in [0, 1) or None.")
-    for name in ("grad_clip", "patience"):
-        if settings[name] is not None and not settings[name] > 0:
-            raise ValueError(f"{name}={settings[name]!r} must be positive or None.")
+    if settings["grad_clip"] is not None and not settings["grad_clip"] > 0:
+        raise ValueError(f"grad_clip={settings['grad_clip']!r} must be positive or None.")
 
 
 class _Step(nn.Module):
@@ -497,16 +469,6 @@ def _bar(verbose, rank, total, description):
 def _asks_to_stop(answer):
     # True alone: what a logger or a progress bar happens to return does not.
     return bool(answer) if isinstance(answer, bool | np.bool_) else False
-
-
-def _has_stalled(history, patience, min_delta):
-    if patience is None:
-        return False
-    best, at = math.inf, -1
-    for epoch, row in enumerate(history):
-        if row["loss"] < best - min_delta:
-            best, at = row["loss"], epoch
-    return len(history) - 1 - at >= patience
 
 
 # ---- losses, weights and memory under watch ------------------------------------------------------

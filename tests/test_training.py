@@ -94,8 +94,8 @@ def test_logs_the_mean_of_every_entry(toy):
     assert history[0]["rows"] == 16
 
 
-@pytest.mark.parametrize(("schedule", "warmup"), [("cosine", 3), ("cosine", 0.25), ("constant", 0)])
-def test_learning_rate_follows_the_closed_form(toy, monkeypatch, schedule, warmup):
+@pytest.mark.parametrize("warmup", [3, 0.25, 0])
+def test_learning_rate_follows_the_closed_form(toy, monkeypatch, warmup):
     seen = []
     step = torch.optim.AdamW.step
 
@@ -104,14 +104,12 @@ def test_learning_rate_follows_the_closed_form(toy, monkeypatch, schedule, warmu
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    _, history = train(toy, max_epochs=2, schedule=schedule, warmup=warmup)
+    _, history = train(toy, max_epochs=2, warmup=warmup)
     start = 3 if warmup else 0  # a quarter of 12 steps
     expected = []
     for k in range(12):
         if k < start:
             expected.append(0.01 * (k + 1) / 3)
-        elif schedule == "constant":
-            expected.append(0.01)
         else:
             expected.append(0.005 * (1 + math.cos(math.pi * (k - start) / (12 - start))))
     assert seen == pytest.approx(expected)
@@ -149,9 +147,8 @@ def test_average_equals_hand_computation(toy):
 
 
 def test_accumulation_equals_one_large_batch(toy):
-    options = {"max_epochs": 3, "schedule": "constant"}
-    large, _ = train(toy, module=network(norm=False), batch_size=24, **options)
-    small, _ = train(toy, module=network(norm=False), batch_size=6, accumulate=4, **options)
+    large, _ = train(toy, module=network(norm=False), max_epochs=3, batch_size=24)
+    small, _ = train(toy, module=network(norm=False), max_epochs=3, batch_size=6, accumulate=4)
     for a, b in zip(large.parameters(), small.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
@@ -160,9 +157,9 @@ def test_accumulation_averages_a_short_last_group(toy):
     steps = []
     train(toy, accumulate=4, max_epochs=2, after_step=steps.append)  # 6 batches: groups of 4 and 2
     assert steps == [0, 1, 2, 3]
-    options = {"max_epochs": 1, "schedule": "constant"}
-    a, _ = train(toy, module=network(norm=False), batch_size=16, accumulate=3, **options)
-    b, _ = train(toy, module=network(norm=False), batch_size=16, accumulate=9, **options)
+    options = {"max_epochs": 1, "batch_size": 16}
+    a, _ = train(toy, module=network(norm=False), accumulate=3, **options)
+    b, _ = train(toy, module=network(norm=False), accumulate=9, **options)
     assert same(a, b)
 
 
@@ -388,12 +385,9 @@ def test_out_of_memory_names_a_batch_size_that_fits(toy):
     [
         {"max_epochs": 0},
         {"accumulate": 0},
-        {"checkpoint_every": 0},
         {"learning_rate": -1.0},
-        {"schedule": "linear"},
         {"ema_decay": 1.0},
         {"grad_clip": 0.0},
-        {"patience": 0},
         {"precision": "fp16"},
         {"device": "gpu"},
     ],
@@ -411,17 +405,6 @@ def test_a_device_that_is_not_there():
 
 
 # ---- stopping ------------------------------------------------------------------------------------
-
-
-def test_patience_stops_and_min_delta_counts(toy):
-    _, history = train(
-        toy, learning_rate=0.0, max_epochs=30, patience=2, module=network(norm=False)
-    )
-    assert len(history) < 30
-    _, history = train(toy, max_epochs=9, patience=3, min_delta=1e9)
-    assert len(history) == 4  # infinity minus anything is still infinity: the first epoch is best
-    _, history = train(toy, max_epochs=9, patience=3)
-    assert len(history) == 9
 
 
 def test_a_callback_stops(toy):
