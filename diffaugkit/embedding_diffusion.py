@@ -25,7 +25,7 @@ import torch
 from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils import check_array
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch import nn
 
 from diffaugkit.base import (
@@ -545,6 +545,64 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
                 module(x, torch.full((len(x),), t, device=device), cond)
             maps.append(_mean_maps(found.self_attention, module.multiple, space.shape[1:]))
         return {size: np.concatenate([part[size] for part in maps]) for size in maps[0]}
+
+    def loss_by_timestep(self, X, *, embeddings=None, n_bins=10):
+        """Denoising loss in equal bins of the timestep: where the generator is good or too good.
+
+        Compare rows of the fit with held-out ones: where the first lose much less, the model knows
+        them by heart. Compare models only with the same `prediction_type` and data.
+
+        Parameters
+        ----------
+        X : as for ``fit``
+        embeddings : array-like of shape (n_samples, [n_tokens,] n_embedding_features) or None
+            Conditions of a model that was fitted on given ones; None takes those of its encoder.
+        n_bins : int, default=10
+            Number of bins, at most `n_timesteps`; each row is used once in each, with the same
+            noise in every call.
+
+        Returns
+        -------
+        DataFrame of n_bins rows
+            ``timestep``, the first of the bin, from the smallest noise on; ``loss``, the mean
+            squared error of what the network predicts, unweighted.
+
+        Raises
+        ------
+        ValueError
+            For input that does not match that of the fit, or missing embeddings.
+
+        Examples
+        --------
+        >>> from sklearn.datasets import load_iris
+        >>> from diffaugkit import EmbeddingConditionedDiffusion
+        >>> X, _ = load_iris(return_X_y=True)
+        >>> model = EmbeddingConditionedDiffusion(None, max_epochs=5, random_state=0).fit(X[::2])
+        >>> model.loss_by_timestep(X[1::2], n_bins=4)["timestep"].tolist()
+        [0, 250, 500, 750]
+        """
+        import pandas as pd
+
+        check_is_fitted(self, "module_")
+        rows = self._check_rows(X)
+        if not (isinstance(n_bins, Integral) and 1 <= n_bins <= self.n_timesteps):
+            raise ValueError(f"n_bins={n_bins!r} must be an int in [1, {self.n_timesteps}].")
+        if embeddings is None and self._condition is not None:
+            embeddings = self._embed(rows)
+        if embeddings is not None:
+            self._need_condition()
+            check_consistent_length(embeddings, range(len(rows)))
+            embeddings = standardise(_check_embeddings(embeddings), self._condition)
+        device, space, diffusion = self._device(), self._space_of(), self._diffusion()
+        module, inputs = self.module_.to(device), space.encode(rows)
+        generator, total = torch.Generator().manual_seed(0), 0.0
+        for part in rows.slices(256):
+            x = space.inside(inputs[part].to(device))
+            cond = None if embeddings is None else torch.from_numpy(embeddings[part]).to(device)
+            losses = diffusion.loss_by_timestep(module, x, cond, n_bins, generator)
+            total += len(x) * losses.double().numpy()
+        first = [i * self.n_timesteps // n_bins for i in range(n_bins)]
+        return pd.DataFrame({"timestep": first, "loss": total / len(rows)})
 
     def _check_rows(self, X, image_shape=None):
         return check_X(

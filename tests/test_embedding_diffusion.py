@@ -457,6 +457,26 @@ def test_ends_of_interpolation(blobs, model):
         np.testing.assert_array_equal(per_row[1], model.interpolate(a, b, 0.0, kind=kind)[1])
 
 
+@pytest.mark.parametrize("encoder", [None, PCA(2)])
+def test_loss_by_timestep_shows_what_is_known_by_heart(encoder):
+    X = np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32)
+    known, new = X[:30], X[30:]
+    model = tiny(encoder=encoder, width=64, n_pcs=6, max_epochs=400, learning_rate=3e-3).fit(known)
+    table = model.loss_by_timestep(known, n_bins=5)
+    assert table["timestep"].tolist() == [0, 200, 400, 600, 800]
+    pd.testing.assert_frame_equal(model.loss_by_timestep(known, n_bins=5), table)
+    assert table["loss"].sum() < 0.8 * model.loss_by_timestep(new, n_bins=5)["loss"].sum()
+    if encoder is None:
+        with pytest.raises(ValueError, match="unconditional"):
+            model.loss_by_timestep(known, embeddings=known[:, :2])
+    else:
+        given = model.loss_by_timestep(known, embeddings=model.transform(known), n_bins=5)
+        pd.testing.assert_frame_equal(given, table)
+    for n_bins in (0, 2.5, 1001):
+        with pytest.raises(ValueError, match="n_bins="):
+            model.loss_by_timestep(known, n_bins=n_bins)
+
+
 def test_interpolate_rows():
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(20, 5)) for _ in range(2))
