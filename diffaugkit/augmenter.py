@@ -26,6 +26,7 @@ from sklearn.base import OneToOneFeatureMixin, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 from sklearn.neighbors import NearestNeighbors
+from sklearn.utils import gen_batches
 from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
@@ -58,8 +59,6 @@ from diffaugkit.rows import DenseRows
 from diffaugkit.runtime import mix_seed
 from diffaugkit.spaces import CopySpace
 
-# Samples that the quality report looks at: its cost grows with their square.
-_REPORT_ROWS = 2_000
 # Images from which the components of pixels are learned.
 _PIXEL_ROWS = 4_096
 _STRATEGIES = {"auto", "minority", "not minority", "not majority", "all"}
@@ -596,15 +595,14 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
             found["source"],
             names,
             self.n_neighbors,
-            mix_seed(self._sampling_seed, 3),
         )
 
     def __sklearn_tags__(self):  # noqa: D105
         return sampler_tags(super().__sklearn_tags__())
 
 
-def sampler_report(real, generated, source, labels, n_neighbors, seed):
-    """Plain values of the report, on a sample of the rows where there are many; None for few.
+def sampler_report(real, generated, source, labels, n_neighbors):
+    """Plain values of the report; None for few samples.
 
     Parameters
     ----------
@@ -614,41 +612,26 @@ def sampler_report(real, generated, source, labels, n_neighbors, seed):
         Row of `real` of each generated one.
     labels : ndarray or None
         Class of each real sample.
-    n_neighbors, seed : int
-        Voters, and the seed of the draw.
+    n_neighbors : int
+        Voters.
 
     Returns
     -------
     dict or None
         Arguments of a QualityReport.
     """
-    rng = np.random.default_rng(seed)
-    rows = np.sort(rng.permutation(len(real[0]))[:_REPORT_ROWS])
-    place = np.full(len(real[0]), -1)
-    place[rows] = np.arange(len(rows))
-    picked = np.flatnonzero(place[source] >= 0)
-    picked = np.sort(rng.permutation(picked)[:_REPORT_ROWS])
-    (spots, features), (made, made_features) = (
-        [part[index] for part in parts] for parts, index in ((real, rows), (generated, picked))
-    )
-    if len(picked) < 6 or len(np.unique(spots, axis=0)) < 6:
+    (spots, features), (made, made_features) = real, generated
+    if len(made) < 6 or len(np.unique(spots, axis=0)) < 6:
         return None
-    if labels is not None:
-        labels = labels[rows]
-        if np.unique(labels, return_counts=True)[1].max() < 2:
-            labels = None
-
-    def embed(samples):
-        own = samples.shape == spots.shape and np.array_equal(samples, spots)
-        return features if own else made_features
-
+    if labels is not None and np.unique(labels, return_counts=True)[1].max() < 2:
+        labels = None
     report = quality_report(
         spots,
         made,
-        place[source[picked]],
-        embed=embed,
+        source,
+        embed=(features, made_features),
         labels=labels,
-        n_neighbors=min(n_neighbors, len(rows) // 2),
+        n_neighbors=min(n_neighbors, len(spots) // 2),
     )
     return asdict(report)
 
@@ -744,8 +727,12 @@ class _Judge:
         sets = self.labels.astype(np.float32)
         # Samples that share a label: a class of three has two voters for the third.
         kinds, kind, sizes = np.unique(sets, axis=0, return_inverse=True, return_counts=True)
-        together = (kinds @ kinds.T > 0) | ~(kinds.any(axis=1)[:, None] | kinds.any(axis=1))
-        self.company = (together @ sizes)[kind.reshape(-1)]
+        none, company = ~kinds.any(axis=1), np.empty(len(kinds), dtype=np.int64)
+        # Label sets may be as many as samples: piece by piece.
+        for part in gen_batches(len(kinds), max(1, 2_000_000 // len(kinds))):
+            together = (kinds[part] @ kinds.T > 0) | (none[part, None] & none)
+            company[part] = together @ sizes
+        self.company = company[kind.reshape(-1)]
         self.n_neighbors = min(n_neighbors, n)
         self.search = NearestNeighbors(n_neighbors=min(n_neighbors + 2, n)).fit(self.voters)
         # Equal samples count once: a copy of one that is there twice is a copy.

@@ -41,6 +41,7 @@ from diffaugkit.base import (
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.diffusion import sample_in_batches
+from diffaugkit.image_inputs import check_is_image
 from diffaugkit.image_rows import from_unit, to_unit
 from diffaugkit.runtime import isolated_rng
 
@@ -245,14 +246,8 @@ class LatentAutoencoder(TorchTransformer):
         import pandas as pd
 
         rows = check_X(self, X, reset=True, **self._gate(), ensure_min_samples=2)
-        if not rows.is_image:
-            raise ValueError(
-                "LatentAutoencoder takes images, but X has vectors: give image_shape=(height, "
-                "width, channels) if its rows are flattened images."
-            )
+        check_is_image(self, rows)
         seed = self._seed()
-        self.image_shape_, self._layout = rows.image_shape, rows.layout
-        self._pixel_range = rows.pixel_range
         with isolated_rng(self._child_seed(seed, 0)):
             networks = self._start(rows)
         steps = -(-len(rows) // min(self.batch_size, len(rows)))
@@ -431,7 +426,6 @@ class LatentAutoencoder(TorchTransformer):
 
     def _start(self, rows):
         """Networks at the start of training; sets `_config`, from which `_build` makes them."""
-        autoencoder = None
         if self.pretrained is not None:
             autoencoder = _load_pretrained(self.kind, self.pretrained, download=self.download)
             names = inspect.signature(type(autoencoder).__init__).parameters

@@ -76,7 +76,7 @@ def _check_outlets(estimator):
             raise NotADirectoryError(f"{name}={str(folder)!r}: {there} is not a folder.")
         if not os.access(there, os.W_OK | os.X_OK):
             raise PermissionError(f"{name}={str(folder)!r}: {there} may not be written to.")
-    callbacks = getattr(estimator, "callbacks", None)
+    callbacks = estimator.callbacks
     for number, callback in enumerate(callbacks if isinstance(callbacks, list | tuple) else ()):
         if not callable(callback):
             raise TypeError(
@@ -250,6 +250,14 @@ class TorchEstimator(BaseEstimator):
         if common["checkpoint_dir"] is not None:
             common.setdefault("identity", described(self))
         return fit_loop(module, loss_fn, batches, **common)
+
+    def _set_history(self, tables, first):
+        """Join what the phases of a fit logged, with the columns `first` in front."""
+        import pandas as pd
+
+        table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=first)
+        self.history_ = table[[*first, *(name for name in table.columns if name not in first)]]
+        self.n_iter_ = len(table)
 
     def __getstate__(self):
         """Hand modules and tensors over on the CPU, so that any machine can read them."""

@@ -15,7 +15,7 @@ from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import check_array, check_non_negative, validate_data
 
 from diffaugkit.arrays import some, to_numpy
-from diffaugkit.image_inputs import is_a, reading_range, rows_of_images
+from diffaugkit.image_inputs import check_image_shape, is_a, reading_range, rows_of_images
 from diffaugkit.image_rows import ImageRows, resolve_image_shape
 from diffaugkit.rows import BackedRows, DenseRows, Rows, SparseRows
 
@@ -545,11 +545,8 @@ def _check_images(estimator, rows, reset, limits, min_image_size):
             f"X holds images (h, w, c) = {shape}, but {name} was fitted on vectors of "
             f"{estimator.n_features_in_} features."
         )
-    if not reset and known is not None and tuple(known) != shape:
-        raise ValueError(
-            f"X holds images (h, w, c) = {shape}, but {name} was fitted on {tuple(known)}. Resize "
-            "or convert them."
-        )
+    if not reset and known is not None:
+        check_image_shape(name, shape, known)
     _check_limits(estimator, rows, **limits)
     if min(shape[:2]) < min_image_size:
         raise ValueError(

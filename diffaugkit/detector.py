@@ -35,7 +35,7 @@ from diffaugkit.detection_head import (
 from diffaugkit.image_rows import to_unit
 from diffaugkit.metrics.detection import box_average_precision
 from diffaugkit.pretrained_unet import PretrainedUNet
-from diffaugkit.runtime import isolated_rng, reduced_precision
+from diffaugkit.runtime import reduced_precision
 from diffaugkit.segmentation_data import PatchRows, vary_pairs
 from diffaugkit.segmentation_networks import KeepBest
 from diffaugkit.segmentation_tiles import predict_strips
@@ -255,50 +255,36 @@ class DiffusionDetector(PretrainedUNet):
         TypeError
             If `diffusion` has no U-Net to start from.
         """
-        import pandas as pd
-
-        if boxes is None:
-            raise ValueError(
-                f"{type(self).__name__} requires y to be passed, but the target y is None: give "
-                "boxes."
-            )
         if self.head_width % _GROUPS:
             raise ValueError(f"head_width={self.head_width} must be a multiple of {_GROUPS}.")
-        images = self._read(X, reset=True).loaded()
+        images = self._read_labelled(X, boxes, "boxes")
         truth = read_boxes(boxes, images)
         codes = self._encode(truth)
         pool = self._read_pool(unlabeled, images)
         seed = self._seed()
         shown = [row for row, image in enumerate(truth) if len(image["boxes"])]
         train, held = self._split(len(images), groups, seed, shown)
-        self.patch_shape_ = self._make_patch_shape(images)
         self.head_stride_ = self._make_head_stride(truth)
-        self.diffusion_ = None
+        return self._fit_phases(pool, images, (truth, codes), train, held, seed)
 
-        denoiser, history = self._pretrain(pool, seed)
-        with isolated_rng(self._child_seed(seed, 2)):
-            network = self._with_head(denoiser)
-        self.module_, more = self._finetune(network, images, truth, codes, train, held, seed)
-
-        self.history_ = pd.DataFrame(history + more)
-        self.n_iter_ = len(self.history_)
-        return self
-
-    def _finetune(self, network, images, truth, codes, train, held, seed):
+    def _finetune(self, network, images, targets, train, held, seed):
         """Phase two: the U-Net at t = 0 on images with boxes, best epoch on those held out."""
+        truth, codes = targets
         pixel_range = images.common_range()
         patches = PatchRows(images, train, self.patch_shape_, self._strides())
-        targets = patch_targets([image["boxes"] for image in truth], codes, patches, images)
-        batches = self._batches(patches, targets, seed=self._child_seed(seed, 3))
+        of_patches = patch_targets([image["boxes"] for image in truth], codes, patches, images)
+        batches = self._batches(patches, of_patches, seed=self._child_seed(seed, 3))
         size, s = self.patch_shape_, self.head_stride_
         device = self._device()
         places = places_of(size, s, device)
         numbers = torch.arange(math.prod(size), device=device).reshape(1, 1, *size)
-        module, validation = network, None
+        module, validation, known = network, None, []
         if held is not None:
             module = KeepBest(network)
             picked = images.take(held)
             validation = self._validation(module, picked, [truth[number] for number in held])
+            known = [images.read(k) for k in held] + [truth[k]["boxes"] for k in held]
+            known += [codes[k] for k in held]
 
         def loss(x, target):
             x, boxes = to_unit(x, pixel_range), target[..., :4]
@@ -307,10 +293,6 @@ class DiffusionDetector(PretrainedUNet):
                 boxes = flip_boxes(boxes, moved, size)
             return detection_loss(module(x), places, boxes, target[..., 4], s)
 
-        known = None
-        if held is not None:
-            known = [images.read(k) for k in held] + [truth[k]["boxes"] for k in held]
-            known += [codes[k] for k in held]
         return self._train_with_labels(module, loss, batches, validation, seed, known)
 
     def _validation(self, module, images, truth):
@@ -442,6 +424,3 @@ class DiffusionDetector(PretrainedUNet):
 
     def _with_head(self, denoiser):
         return DetectionNetwork(denoiser, len(self.classes_), self.head_width, self.head_stride_)
-
-    def _build(self):
-        return self._with_head(self._unet())

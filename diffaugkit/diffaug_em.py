@@ -273,7 +273,7 @@ class DiffAugEM(TorchTransformer):
         for part in (encoder, diffusion, conditioner):
             self._end_phases(part)
         self.encoder_, self.diffusion_, self.condition_encoder_ = encoder, fitted, conditioner
-        self._set_history(history)
+        self._set_history(history, ["phase", "round", "epoch", "loss"])
         self._condition_seed = seed
         return self
 
@@ -341,6 +341,8 @@ class DiffAugEM(TorchTransformer):
     def quality_report(self, X, labels=None, *, random_state=0):
         """Compare one generated sample per row of `X` with `X`, in the generator's compact space.
 
+        Of many rows 2 000 are drawn, for which samples are generated.
+
         Parameters
         ----------
         X : as for ``fit``
@@ -348,7 +350,7 @@ class DiffAugEM(TorchTransformer):
         labels : array-like of shape (n_samples,) or None, default=None
             Labels, for their consistency.
         random_state : int, RandomState, Generator or None, default=0
-            Seed of noise and folds.
+            Seed of the draw of rows, of noise and folds.
 
         Returns
         -------
@@ -524,14 +526,6 @@ class DiffAugEM(TorchTransformer):
         y = column_or_1d(y)
         check_consistent_length(y, np.empty(n))
         return np.unique(y, return_inverse=True)
-
-    def _set_history(self, history):
-        import pandas as pd
-
-        first = ["phase", "round", "epoch", "loss"]
-        table = pd.concat(history, ignore_index=True) if history else pd.DataFrame(columns=first)
-        self.history_ = table[[*first, *(c for c in table.columns if c not in first)]]
-        self.n_iter_ = len(table)
 
     def _check_rows(self, X):
         check_is_fitted(self, "encoder_")

@@ -60,12 +60,16 @@ from diffaugkit.diffusion import (
 from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
 from diffaugkit.image_rows import ImageRows, from_unit, to_unit
 from diffaugkit.metrics import quality_report
+from diffaugkit.metrics.checks import check_labels
+from diffaugkit.metrics.quality import report_rows
 from diffaugkit.rows import DenseRows, MappedRows
 from diffaugkit.runtime import isolated_rng, mix_seed, resolve_precision
 from diffaugkit.spaces import ComponentSpace, CopySpace, LatentSpace, PixelSpace, space_from_state
 
 # Embeddings of training rows that are kept, so that ``sample(n)`` has conditions to draw from.
 _POOL = 4_096
+# Images from whose pixels a report computes its principal components.
+_PIXEL_ROWS = 4_096
 # What "auto" means, for vectors and for images.
 _AUTO = {"batch_size": (300, 64), "learning_rate": (2e-3, 1e-3)}
 # Conditions of fewer dimensions keep their length: a direction would say too little.
@@ -474,7 +478,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         return self.sample(interpolate_rows(a, b, alpha, kind), random_state=random_state)
 
     def quality_report(self, X, labels=None, *, random_state=0):
-        """Compare one generated sample per row of `X` with `X`.
+        """Compare one generated sample per row of `X` with `X`; of many rows, for 2 000 of them.
 
         Vectors are compared in the compact space; images in the embeddings of the model's own
         encoder, or without one on 50 principal components of the pixels.
@@ -486,12 +490,12 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         labels : array-like of shape (n_samples,) or None, default=None
             Labels, for their consistency.
         random_state : int, RandomState, Generator or None, default=0
-            Seed of noise and folds; None is that of the fit.
+            Seed of the draw of rows, of noise and folds; None is that of the fit.
 
         Returns
         -------
         QualityReport
-            See :func:`~diffaugkit.metrics.quality_report`.
+            See :func:`~diffaugkit.metrics.quality_report`; `n_generated` is the number of samples.
         """
         check_is_fitted(self, "module_")
         rows = self._check_rows(X)
@@ -726,34 +730,28 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
                 yield self._image_rows(space.output(space.decode(latents)))
 
     def _report(self, rows, embeddings, labels, random_state):
+        if labels is not None:  # refused before all is generated
+            check_labels(labels, n=len(rows), name="labels")
         seed = call_seed(random_state, self._sampling_seed)
-        latents = self._sample_latents(embeddings, len(rows), seed, rows)
+        source = report_rows(len(rows), seed)
+        if embeddings is not None:
+            embeddings = np.asarray(embeddings)[source]
+        latents = self._sample_latents(embeddings, len(source), seed)
         if self.image_shape_ is not None:
-            return self._image_report(rows, latents, labels, seed)
-        latents, spread = latents.numpy(), self._space["std"]
-        return quality_report(
-            np.asarray(self._latents(rows)) * spread,
-            latents * spread,
-            np.arange(len(rows)),
-            labels=labels,
-            random_state=seed,
-        )
+            features = self._image_features(rows, latents)
+        else:
+            spread = self._space["std"]
+            features = np.asarray(self._latents(rows)) * spread, latents.numpy() * spread
+        return quality_report(*features, source, labels=labels, random_state=seed)
 
-    def _image_report(self, rows, latents, labels, seed):
+    def _image_features(self, rows, latents):
         space = self._space_of()
         generated = self._image_rows(space.output(space.decode(latents)))
         if self.encoder_ is not None:
             # Several tokens are compared side by side.
-            features = [self._embed(part).reshape(len(rows), -1) for part in (rows, generated)]
-        else:
-            pixels = CopySpace(rows, space, len(rows))
-            features = [pixels.of(part) for part in (rows, generated)]
-        return quality_report(
-            *features,
-            np.arange(len(rows)),
-            labels=labels,
-            random_state=seed,
-        )
+            return [self._embed(part).reshape(len(part), -1) for part in (rows, generated)]
+        pixels = CopySpace(rows, space, _PIXEL_ROWS)
+        return [pixels.of(part) for part in (rows, generated)]
 
     def _prepare(self, rows, embeddings, *, seed):
         return _Fit(self, rows, embeddings, seed)

@@ -522,7 +522,7 @@ class SelfSupervisedEncoder(TorchTransformer):
                 f"method={method!r} makes no low-dimensional map: use method='scl', or map the "
                 "result of transform() with PCA or t-SNE."
             )
-        return self._embed(rows)[1]
+        return self._run(rows, lambda x: self.module_(x)[1])
 
     def attention_maps(self, X, layer=-1):
         """Attention of the CLS token to the patches, of a vision transformer.
@@ -803,12 +803,6 @@ class SelfSupervisedEncoder(TorchTransformer):
         if self.image_shape_ is not None:
             return rows
         return project_rows(rows, self.mean_, self.components_, self.scale_)
-
-    def _embed(self, inputs):
-        """Both embeddings of the network's input rows."""
-        both = self._run(inputs, lambda x: torch.cat(self.module_(x), dim=1))
-        width = self._n_features_out
-        return both[:, :width], both[:, width:]
 
     def _run(self, inputs, fn):
         """Apply a function of the network to its input rows, in float32 and in padded batches."""

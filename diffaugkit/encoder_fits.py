@@ -109,12 +109,11 @@ class ImageFit:
         _, channels, height, width = rows.shape
         shape = height, width, channels
         self.range = rows.pixel_range
-        if encoder._goes_on():
-            if encoder.image_shape_ != shape:
-                raise ValueError(
-                    f"warm_start=True goes on with images of {encoder.image_shape_}, but these are "
-                    f"of {shape}; set warm_start=False."
-                )
+        if encoder._goes_on() and encoder.image_shape_ != shape:
+            raise ValueError(
+                f"warm_start=True goes on with images of {encoder.image_shape_}, but these are of "
+                f"{shape}; set warm_start=False."
+            )
         generated = [
             _aligned_images(view, f"positives[{number}]", rows, encoder)
             for number, view in enumerate(() if positives is None else positives)

@@ -44,7 +44,7 @@ from diffaugkit.embedding_diffusion import (
 )
 from diffaugkit.encoder import SelfSupervisedEncoder
 from diffaugkit.encoder_fits import draw_partners
-from diffaugkit.image_inputs import is_standard
+from diffaugkit.image_inputs import check_image_shape, is_standard
 from diffaugkit.image_rows import ImageRows
 from diffaugkit.image_store import refuse_other_run, stored_samples
 from diffaugkit.persistence import fingerprint
@@ -277,7 +277,7 @@ class GenSIS(TorchTransformer):
         encoder.fit(rows, None, positives=positives or None, interpolations=interpolations)
 
         self.vanilla_encoder_, self.diffusion_, self.encoder_ = vanilla, diffusion, encoder
-        self._set_history({"vanilla": vanilla, "diffusion": diffusion, "generative": encoder})
+        self._end_stages({"vanilla": vanilla, "diffusion": diffusion, "generative": encoder})
         return self
 
     def transform(self, X):
@@ -352,6 +352,8 @@ class GenSIS(TorchTransformer):
     def quality_report(self, X, labels=None, *, random_state=0):
         """Compare one generated image per image of `X` with `X`, in the vanilla embedding.
 
+        Of many images 2 000 are drawn, for which others are generated.
+
         Parameters
         ----------
         X : as for ``fit``
@@ -359,24 +361,28 @@ class GenSIS(TorchTransformer):
         labels : array-like of shape (n_samples,) or None, default=None
             Labels, for their consistency.
         random_state : int, RandomState, Generator or None, default=0
-            Seed of noise and folds.
+            Seed of the draw of rows, of noise and folds.
 
         Returns
         -------
         QualityReport
-            See :func:`~diffaugkit.metrics.quality_report`.
+            See :func:`~diffaugkit.metrics.quality_report`; `n_generated` is the number of images.
         """
-        from diffaugkit.metrics import quality_report
+        from diffaugkit.metrics.checks import check_labels
+        from diffaugkit.metrics.quality import quality_report, report_rows
 
         check_is_fitted(self, "encoder_")
         rows = self._check_input(X, reset=False)
+        if labels is not None:  # refused before all is generated
+            check_labels(labels, n=len(rows), name="labels")
         real = self.vanilla_encoder_.transform(rows)
         seed = call_seed(random_state, 0)
-        made = self.diffusion_._augment(rows, real, 1, 1.0, seed)
+        source = report_rows(len(rows), seed)
+        made = self.diffusion_.sample(np.asarray(real)[source], random_state=seed)
         return quality_report(
             real,
             self.vanilla_encoder_.transform(made),
-            np.arange(len(rows)),
+            source,
             labels=labels,
             random_state=seed,
         )
@@ -465,11 +471,7 @@ class GenSIS(TorchTransformer):
             raise ValueError(
                 f"The frozen diffusion is {kind}: it cannot generate views of an image."
             )
-        if tuple(model.image_shape_) != rows.image_shape:
-            raise ValueError(
-                f"X holds images (h, w, c) = {rows.image_shape}, but the frozen diffusion was "
-                f"fitted on {tuple(model.image_shape_)}. Resize or convert them."
-            )
+        check_image_shape("the frozen diffusion", rows.image_shape, model.image_shape_)
         ours, its = tuple(rows.pixel_range), tuple(model._pixel_range)
         # Ranges that were learned from values differ between two sets of one scale.
         if ours != its and any(is_standard(scale) for scale in (ours, its)):
@@ -540,19 +542,15 @@ class GenSIS(TorchTransformer):
         between = interpolate_rows(embeddings, embeddings[partners], alphas, self.interpolation)
         return self._generate(rows, diffusion, between, "interpolation", run)
 
-    def _set_history(self, stages):
-        import pandas as pd
-
+    def _end_stages(self, stages):
+        """Make the parts estimators of their own again, and join what they logged."""
         tables = []
         for stage, part in stages.items():
             if not isinstance(part, FrozenEstimator):
                 part.set_params(checkpoint_dir=None)
                 vars(part).pop("_description", None)
                 tables.append(part.history_.assign(phase=stage))
-        table = pd.concat(tables, ignore_index=True)
-        first = ["phase", "epoch", "loss"]
-        self.history_ = table[[*first, *(name for name in table.columns if name not in first)]]
-        self.n_iter_ = len(table)
+        self._set_history(tables, ["phase", "epoch", "loss"])
 
     @property
     def _n_features_out(self):

@@ -854,7 +854,6 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
                 np.concatenate(sources),
                 self.classes_[codes],
                 _VOTERS,
-                mix_seed(self._sampling_seed, len(codes)),
             )
         self._warn(table, _copy_ratio(np.concatenate(added), spots) if added else math.nan)
         return np.concatenate(made), np.concatenate(sources)

@@ -11,7 +11,14 @@ from diffaugkit.image_files import DatasetRows, FileImageRows, ShardRows, list_i
 from diffaugkit.image_rows import ImageRows
 from diffaugkit.rows import Rows
 
-__all__ = ["is_a", "is_standard", "reading_range", "rows_of_images"]
+__all__ = [
+    "check_image_shape",
+    "check_is_image",
+    "is_a",
+    "is_standard",
+    "reading_range",
+    "rows_of_images",
+]
 
 # Images that are all darker than this share of the brightest pixel of the fit were divided by it.
 _LEAST_SHARE = 0.05
@@ -160,6 +167,24 @@ def _images_at(path):
     raise ValueError(
         f"X={path!r} is no folder of images and no .tar shard or pattern of shards: {fix}."
     )
+
+
+def check_is_image(estimator, rows):
+    """Refuse vectors, for an estimator of images alone."""
+    if not rows.is_image:
+        raise ValueError(
+            f"{type(estimator).__name__} takes images, but X has vectors, shape {rows.shape}: give "
+            "image_shape=(height, width, channels) if its rows are flattened images."
+        )
+
+
+def check_image_shape(name, shape, known):
+    """Refuse images of another shape (h, w, c) than the `known` one of the fit of `name`."""
+    if tuple(known) != shape:
+        raise ValueError(
+            f"X holds images (h, w, c) = {shape}, but {name} was fitted on {tuple(known)}. Resize "
+            "or convert them."
+        )
 
 
 def reading_range(name, rows, known):

@@ -6,12 +6,11 @@ device.
 """
 
 import copy
-import warnings
 
 import numpy as np
 
 from diffaugkit.arrays import standard_range
-from diffaugkit.rows import Rows
+from diffaugkit.rows import ResidentRows, Rows
 
 __all__ = [
     "ImageRows",
@@ -26,7 +25,7 @@ BYTES, WORDS = (0, 255), (0, 65535)
 _LAYOUTS = ("channels_last", "channels_first", "grey", "flat")
 
 
-class ImageRows(Rows):
+class ImageRows(ResidentRows):
     """Rows of images that lie in memory as one array or tensor; nothing is copied but float64.
 
     Arrays are channel-last and tensors channel-first, whatever their sizes: a rule without a guess.
@@ -62,8 +61,6 @@ class ImageRows(Rows):
     ((5, 3, 8, 6), (0, 255), 'channels_last', torch.uint8)
     """
 
-    resident = True
-
     def __init__(
         self, array, *, image_shape=None, layout=None, pixel_range=None, feature_names=None
     ):
@@ -79,10 +76,8 @@ class ImageRows(Rows):
         kind = array.dtype.newbyteorder("=")  # files of other machines have words turned round
         if kind != np.uint8:
             array = _float32(array)
-        if any(stride < 0 for stride in array.strides):
-            array = np.ascontiguousarray(array)  # torch knows no negative strides
-        super().__init__(array.shape, feature_names)
-        self._array, self.dtype, self.layout = array, array.dtype, layout
+        super().__init__(array, feature_names)
+        self.dtype, self.layout = array.dtype, layout
         if pixel_range is None and kind in (np.uint8, np.uint16):
             pixel_range = BYTES if kind == np.uint8 else WORDS
         elif pixel_range is None:
@@ -111,19 +106,6 @@ class ImageRows(Rows):
             made = ImageRows(images, layout="channels_first", pixel_range=rows.pixel_range)
         made.layout = rows.layout
         return made
-
-    @property
-    def tensor(self):
-        """All images as one tensor (n, C, H, W) that shares the caller's memory: read only."""
-        import torch
-
-        with warnings.catch_warnings():
-            # Read-only arrays (joblib's memory maps) are welcome: nothing here writes to them.
-            warnings.filterwarnings("ignore", message=".*not writable")
-            return torch.from_numpy(self._array)
-
-    def _read(self, index):
-        return self._array[index]
 
 
 def to_unit(batch, pixel_range):

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 import numpy as np
 import scipy.sparse as sp
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
-from sklearn.utils import check_array
+from sklearn.utils import check_array, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
@@ -20,6 +20,7 @@ DEFAULT_NORMALIZATION = "both"
 DEFAULT_N_TOP_GENES = 2000
 _FLAVORS = {"log1p": "seurat", "pearson_residuals": "pearson_residuals"}
 _LARGEST_DENSE = 2**30  # bytes of a dense result that sparse input is turned into at once
+_BLOCK_VALUES = 2**17  # values that are brought back to counts at once, in double precision
 _N_BINS = 20  # of mean expression, as in Seurat and scanpy
 
 
@@ -551,7 +552,7 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X = X.detach().cpu().numpy() if hasattr(X, "detach") else X
-        X = check_array(X, accept_sparse="csr", dtype=np.float64, input_name="X")
+        X = check_array(X, accept_sparse="csr", dtype=[np.float64, np.float32], input_name="X")
         n_residual = 0 if self.residual_genes_ is None else len(self.residual_genes_)
         if X.shape[1] != len(self.genes_) + n_residual:
             raise ValueError(
@@ -568,24 +569,32 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 total_counts, ensure_2d=False, dtype=np.float64, input_name="total_counts"
             ).ravel()
             check_consistent_length(X, total_counts)
+        if sp.issparse(X) and self.target_sum_ is not None and self.scale_ is None:
+            factors = 1.0 if total_counts is None else total_counts / self.target_sum_
+            per_cell = np.broadcast_to(factors, X.shape[:1])
+            data = np.maximum(np.expm1(X.data.astype(np.float64)), 0.0)
+            data *= np.repeat(per_cell, np.diff(X.indptr))
+            return sp.csr_matrix(_with_data(X, data).astype(np.float32))
+        counts = np.empty(X.shape, dtype=np.float32)
+        for cells in gen_batches(len(counts), max(64, _BLOCK_VALUES // X.shape[1])):
+            block = X[cells].toarray() if sp.issparse(X) else X[cells]
+            totals = None if total_counts is None else total_counts[cells]
+            counts[cells] = self._counts(block.astype(np.float64), totals)
+        return counts
+
+    def _counts(self, X, total_counts):
+        """Bring values (B, n_genes), float64, back to counts."""
         if self.target_sum_ is None:
             totals = self.median_total_counts_ if total_counts is None else total_counts
             mu = np.reshape(totals, (-1, 1)) * self.gene_fractions_
-            X = X.toarray() if sp.issparse(X) else X
-            counts = mu + X * np.sqrt(mu + mu**2 / self.theta)
-            return np.maximum(counts, 0.0).astype(np.float32)
+            return np.maximum(mu + X * np.sqrt(mu + mu**2 / self.theta), 0.0)
         factors = np.ones(1) if total_counts is None else total_counts / self.target_sum_
-        if sp.issparse(X) and self.scale_ is None:
-            per_cell = np.broadcast_to(factors, X.shape[:1])
-            data = np.maximum(np.expm1(X.data), 0.0) * np.repeat(per_cell, np.diff(X.indptr))
-            return sp.csr_matrix(_with_data(X, data).astype(np.float32))
-        X = X.toarray() if sp.issparse(X) else X
         if self.scale_ is not None:
             X = X * self.scale_ + self.mean_
         counts = np.maximum(np.expm1(X), 0.0)
         # No part of a cell exceeds its whole, however large the log of one generated gene.
         excess = np.maximum(counts.sum(axis=1) / self.target_sum_, 1.0)
-        return (counts * (factors / excess)[:, None]).astype(np.float32)
+        return counts * (factors / excess)[:, None]
 
     def save(self, path):
         """Save to a folder of safetensors and JSON, which ``diffaugkit.load(path)`` reads.

@@ -25,7 +25,7 @@ from diffaugkit.diffusion import WEIGHTINGS, Diffusion
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion
 from diffaugkit.encoder_fits import auto_epochs
 from diffaugkit.image_files import list_images
-from diffaugkit.image_inputs import reading_range
+from diffaugkit.image_inputs import check_is_image, reading_range
 from diffaugkit.image_rows import to_unit
 from diffaugkit.persistence import fingerprint
 from diffaugkit.runtime import isolated_rng
@@ -48,8 +48,8 @@ class PretrainedUNet(TorchEstimator):
     """Base class of those that pre-train a U-Net on images alone and fine-tune it with labels.
 
     A subclass lists the parameters below in its own ``__init__``, as scikit-learn reads them there;
-    :class:`~diffaugkit.DiffusionSegmenter` says what they mean. ``fit`` sets ``patch_shape_``, and
-    ``diffusion_`` to None, before it calls ``_pretrain``.
+    :class:`~diffaugkit.DiffusionSegmenter` says what they mean. Its own ``fit`` ends in
+    ``_fit_phases``, which calls its ``_with_head(denoiser)``, for a network, and ``_finetune``.
     """
 
     _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)
@@ -72,6 +72,20 @@ class PretrainedUNet(TorchEstimator):
     }
 
     _used_later = ("pretrain_epochs",)  # it shows in the weights
+
+    def _fit_phases(self, pool, images, targets, train, held, seed):
+        """Pre-train on the images of `pool`, and fine-tune on those of `train` with targets."""
+        import pandas as pd
+
+        self.patch_shape_ = self._make_patch_shape(images)
+        self.diffusion_ = None
+        denoiser, history = self._pretrain(pool, seed)
+        with isolated_rng(self._child_seed(seed, 2)):
+            network = self._with_head(denoiser)
+        self.module_, more = self._finetune(network, images, targets, train, held, seed)
+        self.history_ = pd.DataFrame(history + more)
+        self.n_iter_ = len(self.history_)
+        return self
 
     def _pretrain(self, images, seed):
         """Phase one: the U-Net after its pretext task, and what it logged."""
@@ -129,7 +143,7 @@ class PretrainedUNet(TorchEstimator):
             validation.never_stops = True
         identity = {}
         if self.checkpoint_dir is not None:
-            identity = described(self) | {"held_out": fingerprint(*(held_out or ()))}
+            identity = described(self) | {"held_out": fingerprint(*held_out)}
         steps = batches.steps_per_epoch
         _, history = self._fit_loop(
             module,
@@ -188,17 +202,26 @@ class PretrainedUNet(TorchEstimator):
             )
         return diffusion
 
-    def _unet(self):
-        """Make the network of a fitted estimator anew, for its weights to be loaded."""
+    def _build(self):
         given = self.diffusion_
-        return self._make_denoiser() if given is None else copy.deepcopy(given.module_)
+        denoiser = self._make_denoiser() if given is None else copy.deepcopy(given.module_)
+        return self._with_head(denoiser)
 
     # ---- input -----------------------------------------------------------------------------------
+
+    def _read_labelled(self, X, y, name):
+        """Read the images of ``fit``, decoded where they fit into memory."""
+        if y is None:
+            raise ValueError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None: give "
+                f"{name}."
+            )
+        return self._read(X, reset=True).loaded()
 
     def _read(self, X, *, reset, name="X"):
         """Images of any container as an ImageList; what is learned of them is of the first one."""
         if self.image_shape is not None:
-            parts = [self._images_only(check_X(self, X, reset=reset, **self._gate()))]
+            parts = [self._checked(self, X, reset)]
         elif (items := _items(X)) is None:
             parts = [self._gated(X, reset)]
         else:
@@ -233,18 +256,12 @@ class PretrainedUNet(TorchEstimator):
     def _gated(self, X, reset):
         # After fit images may have any size, so the gate learns the size anew, on a stand-in.
         learner = self if reset else type(self)(**self.get_params(deep=False))
-        return self._images_only(check_X(learner, X, reset=True, **self._gate()))
+        return self._checked(learner, X, True)
 
-    def _images_only(self, rows):
-        if not rows.is_image:
-            raise ValueError(
-                f"{type(self).__name__} takes images, but X has vectors: give image_shape=(height, "
-                "width, channels) if its rows are flattened images."
-            )
+    def _checked(self, learner, X, reset):
+        rows = check_X(learner, X, reset=reset, image_shape=self.image_shape, images=True)
+        check_is_image(self, rows)
         return rows
-
-    def _gate(self):
-        return {"image_shape": self.image_shape, "images": True}
 
     def _split(self, n, groups, seed, labelled=slice(None)):
         """Numbers of the images to train on, and of those held out or None, by whole groups.

@@ -30,6 +30,9 @@ __all__ = [
     "take_like",
 ]
 
+# Pairs of label sets that are held at once.
+_KIND_PAIRS = 2_000_000
+
 
 # ---- what imbalanced-learn asks of a sampler's tags, without an import of it ---------------------
 
@@ -303,23 +306,35 @@ class SharedLabelPairs:
         table = np.column_stack([codes, labels])
         kinds, kind = np.unique(table, axis=0, return_inverse=True)
         self._members = np.argsort(kind.reshape(-1), kind="stable")
-        sizes = np.bincount(kind.reshape(-1), minlength=len(kinds))
-        starts = np.cumsum(sizes) - sizes
-        first, second = [], []
-        for group in np.unique(kinds[:, 0]):
-            own = np.flatnonzero(kinds[:, 0] == group)
-            sets = kinds[own, 1:].astype(np.float32)
-            together = sets @ sets.T > 0
-            none = ~sets.any(axis=1)
-            together |= none[:, None] & none
-            u, v = np.nonzero(np.triu(together))
-            first.append(own[u])
-            second.append(own[v])
-        u, v = np.concatenate(first), np.concatenate(second)
-        self._start, self._size = (starts[u], starts[v]), (sizes[u], sizes[v])
-        self._same = u == v
-        counts = np.where(self._same, sizes[u] * (sizes[u] - 1) // 2, sizes[u] * sizes[v])
+        self._sizes = np.bincount(kind.reshape(-1), minlength=len(kinds))
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        # Kinds of one group stand side by side: here is where each one's group ends.
+        self._group_ends = np.searchsorted(kinds[:, 0], kinds[:, 0], side="right")
+        self._sets = kinds[:, 1:].astype(np.float32)
+        self._own = self._sizes * (self._sizes - 1) // 2
+        counts = self._own.copy()
+        for few, reach in self._partners(np.arange(len(kinds))):
+            counts[few] += self._sizes[few] * reach[:, -1]
         self._ends = np.cumsum(counts)
+
+    def _partners(self, kinds):
+        """Yield some of these sorted kinds, and the samples that go with them up to each later one.
+
+        Label sets may be as many as samples: a table of all kinds with all would be too large.
+        """
+        start = 0
+        while start < len(kinds):
+            first = kinds[start]
+            end = self._group_ends[first]
+            in_group = np.searchsorted(kinds, end)
+            stop = min(in_group, start + max(1, _KIND_PAIRS // int(end - first)))
+            few, later = kinds[start:stop], slice(first, end)
+            together = self._sets[few] @ self._sets[later].T > 0
+            none = ~self._sets[later].any(axis=1)
+            together |= none[few - first, None] & none
+            together &= np.arange(first, end) > few[:, None]
+            yield few, np.cumsum(together * self._sizes[later], axis=1)
+            start = stop
 
     def __len__(self):
         """Return the number of pairs."""
@@ -328,19 +343,28 @@ class SharedLabelPairs:
     def __getitem__(self, numbers):
         """Return the pairs of these numbers, an int array of shape (n, 2)."""
         numbers = np.asarray(numbers)
-        block = np.searchsorted(self._ends, numbers, side="right")
-        rest = numbers - np.append(0, self._ends)[block]
-        m = self._size[0][block]
-        # Within a kind: a step around the circle of its members, so that no pair comes twice.
+        kind = np.searchsorted(self._ends, numbers, side="right")
+        rest = numbers - np.append(0, self._ends)[kind]
+        m = self._sizes[kind]
+        same = rest < self._own[kind]
+        rest = np.where(same, rest, rest - self._own[kind])
         step, here = rest // m, rest % m
-        same = self._same[block]
-        there = np.where(same, (here + step + 1) % m, step)
-        return np.column_stack(
-            [
-                self._members[self._start[0][block] + here],
-                self._members[self._start[1][block] + there],
-            ]
-        )
+        # Within a kind: a step around the circle of its members, so that no pair comes twice.
+        there = self._starts[kind] + (here + step + 1) % m
+        # Else the members of all later kinds that go with it, one after the other.
+        others = np.flatnonzero(~same)
+        others = others[np.argsort(kind[others], kind="stable")]
+        asked = np.unique(kind[others])
+        bounds = np.searchsorted(kind[others], np.append(asked, len(self._sizes)))
+        number = 0
+        for few, reach in self._partners(asked):
+            for row in reach:
+                own = others[bounds[number] : bounds[number + 1]]
+                v = np.searchsorted(row, step[own], side="right")
+                before = np.append(0, row)[v]
+                there[own] = self._starts[few[0] + v] + step[own] - before
+                number += 1
+        return np.column_stack([self._members[self._starts[kind] + here], self._members[there]])
 
     def draw(self, n, rng):
         """Draw n pairs, none of them again before all were drawn, each the one way or the other."""

@@ -16,7 +16,15 @@ import scipy.sparse as sp
 
 from diffaugkit.arrays import to_numpy
 
-__all__ = ["BackedRows", "DenseRows", "MappedRows", "Rows", "SparseRows", "TemporaryRows"]
+__all__ = [
+    "BackedRows",
+    "DenseRows",
+    "MappedRows",
+    "ResidentRows",
+    "Rows",
+    "SparseRows",
+    "TemporaryRows",
+]
 
 # Values in a block of a pass over the data: 8 MB as float64. Larger ones leave the cache, and the
 # elementwise steps take twice the time.
@@ -188,13 +196,12 @@ class Rows(ABC):
         return {**self.__dict__, "_memo": {}}
 
 
-class DenseRows(Rows):
-    """Rows of a dense array or tensor in memory; float32 is shared, never copied."""
+class ResidentRows(Rows):
+    """Rows of an array in memory, (n, d) or (n, C, H, W), which is shared."""
 
     resident = True
 
     def __init__(self, array, feature_names=None):
-        array = np.asarray(to_numpy(array), dtype=np.float32)
         if any(stride < 0 for stride in array.strides):
             array = np.ascontiguousarray(array)  # torch knows no negative strides
         super().__init__(array.shape, feature_names)
@@ -202,7 +209,7 @@ class DenseRows(Rows):
 
     @property
     def tensor(self):
-        """All rows as one float32 tensor (n, d) that shares the caller's memory: read only."""
+        """All rows as one tensor (n, ...) that shares the caller's memory: read only."""
         import torch
 
         with warnings.catch_warnings():
@@ -212,6 +219,13 @@ class DenseRows(Rows):
 
     def _read(self, index):
         return self._array[index]
+
+
+class DenseRows(ResidentRows):
+    """Rows of a dense array or tensor in memory; float32 is shared, never copied."""
+
+    def __init__(self, array, feature_names=None):
+        super().__init__(np.asarray(to_numpy(array), dtype=np.float32), feature_names)
 
     def __array__(self, dtype=None, copy=None):
         """Give the array itself where no other dtype is asked."""
@@ -408,7 +422,7 @@ def _float32(values):
         return np.asarray(values).astype(np.float32, copy=False)
 
 
-def _tidy(csr, columns=None):
+def _tidy(csr, columns):
     """float32 CSR with one entry per cell and the asked columns; the input is left as it is."""
     if not csr.has_canonical_format:
         csr = csr.copy()

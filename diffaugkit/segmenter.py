@@ -24,7 +24,7 @@ from sklearn.utils.validation import check_is_fitted
 from diffaugkit.base import Interval, StrOptions, _fit_context, all_or_nothing
 from diffaugkit.image_rows import to_unit
 from diffaugkit.pretrained_unet import PretrainedUNet
-from diffaugkit.runtime import isolated_rng, reduced_precision
+from diffaugkit.runtime import reduced_precision
 from diffaugkit.segmentation_data import IGNORED, PatchRows, read_masks, vary_pairs
 from diffaugkit.segmentation_losses import segmentation_loss
 from diffaugkit.segmentation_networks import KeepBest, SegmentationNetwork
@@ -258,14 +258,7 @@ class DiffusionSegmenter(PretrainedUNet):
         TypeError
             If `diffusion` has no U-Net to start from.
         """
-        import pandas as pd
-
-        if masks is None:
-            raise ValueError(
-                f"{type(self).__name__} requires y to be passed, but the target y is None: give "
-                "masks."
-            )
-        images = self._read(X, reset=True).loaded()
+        images = self._read_labelled(X, masks, "masks")
         targets = self._encode(read_masks(masks, images))
         pool = self._read_pool(unlabeled, images)
         seed = self._seed()
@@ -276,27 +269,18 @@ class DiffusionSegmenter(PretrainedUNet):
                 f"All pixels of the {len(train)} masks to learn from have ignore_label="
                 f"{self.ignore_label}: there is nothing to learn from."
             )
-        self.patch_shape_ = self._make_patch_shape(images)
-        self.diffusion_ = None
-
-        denoiser, history = self._pretrain(pool, seed)
-        with isolated_rng(self._child_seed(seed, 2)):
-            network = SegmentationNetwork(denoiser, len(self.classes_))
-        self.module_, more = self._finetune(network, images, targets, train, held, seed)
-
-        self.history_ = pd.DataFrame(history + more)
-        self.n_iter_ = len(self.history_)
-        return self
+        return self._fit_phases(pool, images, targets, train, held, seed)
 
     def _finetune(self, network, images, targets, train, held, seed):
         """Phase two: the U-Net at t = 0 on images with masks, best epoch by held-out Dice."""
         pixel_range = images.common_range()
         patches, truth = self._pairs(images, targets, train, self._strides())
         batches = self._batches(patches, truth, seed=self._child_seed(seed, 3))
-        module, validation = network, None
+        module, validation, known = network, None, []
         if held is not None:
             module = KeepBest(network)
             validation = self._validation(module, images, targets, held)
+            known = [images.read(k) for k in held] + [targets[k] for k in held]
 
         def loss(x, target):
             x = to_unit(x, pixel_range)
@@ -310,9 +294,6 @@ class DiffusionSegmenter(PretrainedUNet):
                 ignore_index=IGNORED,
             )
 
-        known = None
-        if held is not None:
-            known = [images.read(k) for k in held] + [targets[k] for k in held]
         return self._train_with_labels(module, loss, batches, validation, seed, known)
 
     def _validation(self, module, images, targets, held):
@@ -477,8 +458,8 @@ class DiffusionSegmenter(PretrainedUNet):
         patches = PatchRows(images, numbers, self.patch_shape_, stride)
         return patches, PatchRows(targets, numbers, self.patch_shape_, stride)
 
-    def _build(self):
-        return SegmentationNetwork(self._unet(), len(self.classes_))
+    def _with_head(self, denoiser):
+        return SegmentationNetwork(denoiser, len(self.classes_))
 
 
 def _confusion(truth, found, n_classes):

@@ -40,6 +40,7 @@ from diffaugkit.base import (
 from diffaugkit.data import check_X
 from diffaugkit.denoisers import UNetDenoiser, record_attention, unet_size
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, _mean_maps
+from diffaugkit.image_inputs import check_image_shape, check_is_image
 from diffaugkit.image_rows import ImageRows
 from diffaugkit.metrics import matched_dice, matched_iou
 from diffaugkit.runtime import isolated_rng
@@ -256,11 +257,7 @@ class ZeroShotSegmenter(TorchEstimator):
         """
         frozen = isinstance(self.diffusion, FrozenEstimator)
         rows = self._check_input(X, reset=True, ensure_min_samples=1 if frozen else 2)
-        if not rows.is_image:
-            raise ValueError(
-                f"X has shape {rows.shape}: ZeroShotSegmenter takes images. Say how rows of "
-                "numbers make an image with image_shape=(height, width, channels)."
-            )
+        check_is_image(self, rows)
         diffusion = self._make_diffusion(rows)
         if not frozen:
             self._check_unfitted(diffusion, rows)
@@ -374,8 +371,7 @@ class ZeroShotSegmenter(TorchEstimator):
             random_state=self._child_seed(self._seed(), 0),
             checkpoint_dir=self._folder("diffusion"),
         )
-        if isinstance(self.timestep, Integral):
-            self._check_timestep(diffusion)
+        self._check_timestep(diffusion)
         return diffusion
 
     def _set_fitted(self, diffusion):
@@ -412,11 +408,7 @@ class ZeroShotSegmenter(TorchEstimator):
         model = getattr(diffusion, "estimator", diffusion)
         if not isinstance(getattr(model, "module_", None), UNetDenoiser):
             raise self._no_unet(model)
-        if tuple(model.image_shape_) != self.image_shape_:
-            raise ValueError(
-                f"X holds images (h, w, c) = {self.image_shape_}, but the diffusion was fitted on "
-                f"{tuple(model.image_shape_)}. Resize or convert them."
-            )
+        check_image_shape("the diffusion", self.image_shape_, model.image_shape_)
         self._check_timestep(model)
 
     @staticmethod

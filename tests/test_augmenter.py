@@ -1,5 +1,6 @@
 """GenerativeAugmenter: numbers, pairs, checks, provenance, containers, pipelines, resume."""
 
+import tracemalloc
 import warnings
 
 import anndata as ad
@@ -10,7 +11,7 @@ import scipy.sparse as sp
 import torch
 from sklearn import config_context
 from sklearn.base import BaseEstimator, TransformerMixin, clone
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, make_blobs
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.frozen import FrozenEstimator
@@ -179,6 +180,26 @@ def test_pairs_are_all_that_share_a_label(with_groups):
     assert len(set(drawn[: len(pairs)])) == len(pairs)
 
 
+def test_pairs_of_many_label_sets_need_little_memory(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = rng.random((4000, 20)) < 0.3  # nearly each sample has a set of its own
+    tracemalloc.start()
+    try:
+        pairs = SharedLabelPairs(labels)
+        ends = pairs.draw(4000, rng)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 150e6
+    first, second = labels[ends[:, 0]], labels[ends[:, 1]]
+    assert ((first & second).any(axis=1) | ~(first.any(axis=1) | second.any(axis=1))).all()
+    numbers = np.arange(0, len(pairs), 5000)
+    # In whatever pieces the kinds are compared.
+    whole = pairs[numbers]
+    monkeypatch.setattr("diffaugkit.resampling._KIND_PAIRS", 300_000)
+    np.testing.assert_array_equal(SharedLabelPairs(labels)[numbers], whole)
+
+
 def test_interpolation_pairs_labels_and_shares(data, frozen):
     X, y = data
     groups = np.arange(len(X)) % 2
@@ -327,6 +348,16 @@ def test_quality_report(data, frozen):
     assert report.n_generated == report.n_real == 68
     assert 0 <= report.label_consistency <= 1
     assert np.isfinite([report.copy_ratio, report.frechet_distance]).all()
+
+
+def test_quality_report_of_few_samples_from_many_rows():
+    X, y = make_blobs(2_500, n_features=4, centers=2, random_state=0)
+    frozen = FrozenEstimator(EmbeddingConditionedDiffusion(PCA(2), width=8, max_epochs=1).fit(X))
+    made = {0: int(np.sum(y == 0)) + 30, 1: int(np.sum(y == 1))}
+    model = tiny(frozen, sampling_strategy=made, min_confidence=None, min_copy_ratio=None)
+    model.fit_resample(X, y)
+    report = model.quality_report_
+    assert (report.n_generated, report.n_real) == (30, 2_000)
 
 
 def test_a_frozen_generator_of_images_reads_flattened_ones():

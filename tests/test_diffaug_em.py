@@ -230,9 +230,8 @@ def test_joint_training(blobs, schedule, tmp_path):
         assert part.n_features_in_ == 20
         assert list(part.feature_names_in_) == [str(i) for i in range(20)]
     # Rows to draw from: embeddings of the encoder as it is at the end.
-    y = model.encoder_._embed(model.encoder_._network_input(diffaugkit.rows.DenseRows(X)))[0]
-    np.testing.assert_array_equal(model.diffusion_._pool, y)
     frame = pd.DataFrame(X).rename(columns=str)
+    np.testing.assert_array_equal(model.diffusion_._pool, model.encoder_.transform(frame))
     model.save(tmp_path / "model")
     loaded = diffaugkit.load(tmp_path / "model")
     np.testing.assert_array_equal(loaded.augment(frame), model.augment(frame))

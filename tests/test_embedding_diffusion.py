@@ -525,6 +525,18 @@ def test_quality_report(blobs, model):
     assert without.spread_ratio == report.spread_ratio
 
 
+def test_quality_report_draws_rows_of_large_sets(blobs, model, monkeypatch):
+    X, y = (np.tile(part, (2100 // len(part) + 1,) + (1,) * (part.ndim - 1))[:2100]
+            for part in blobs)  # fmt: skip
+    report = model.quality_report(X, y)
+    assert report.n_generated == report.n_real == 2000
+    assert report.real_label_consistency > 0.9
+    # Labels that are wrong are refused before the samples are generated.
+    monkeypatch.delattr(type(model), "_sample_latents")
+    with pytest.raises(ValueError, match="labels has 3 labels for 2100 samples"):
+        model.quality_report(X, y[:3])
+
+
 def test_sampling_touches_no_state(blobs, model):
     before = {k: v.clone() for k, v in model.module_.state_dict().items()}
     names = set(vars(model))

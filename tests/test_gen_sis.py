@@ -94,7 +94,7 @@ def test_the_three_stages(X, fitted):
         fitted.diffusion_.transform(X)  # it was fitted on those of the vanilla encoder
 
 
-def test_outputs_have_the_form_of_the_input(X, fitted):
+def test_outputs_have_the_form_of_the_input(X, fitted, monkeypatch):
     assert fitted.augment(X[:3], 2).shape == (6, 8, 8, 1)
     assert fitted.augment(X[:3]).dtype == np.uint8
     assert fitted.interpolate(X[:3], X[3:6], 0.3).shape == (3, 8, 8, 1)
@@ -105,6 +105,9 @@ def test_outputs_have_the_form_of_the_input(X, fitted):
     )
     report = fitted.quality_report(X, np.arange(40) % 2)
     assert np.isfinite([report.spread_ratio, report.copy_ratio]).all()
+    # Of many images some are drawn.
+    monkeypatch.setattr("diffaugkit.metrics.quality.report_rows", lambda n, *_: np.arange(n - 9, n))
+    assert fitted.quality_report(X, np.arange(40) % 2).n_generated == 9
     flat = tiny(image_shape=(8, 8, 1)).fit(X.reshape(40, 64) / 255)
     assert flat.augment(X[:3].reshape(3, 64) / 255).shape == (3, 64)
 

@@ -469,7 +469,7 @@ def test_views_are_rows_of_images(images, fitted):
     assert view[[0]].dtype == torch.uint8
 
 
-def test_quality_report(images):
+def test_quality_report(images, monkeypatch):
     X, _ = images
     flat = X.reshape(40, -1) / 255
     for encoder in (None, PCA(8)):
@@ -477,6 +477,10 @@ def test_quality_report(images):
         report = model.quality_report(flat, np.arange(40) % 2)
         assert np.isfinite(report.frechet_distance)
         assert report.copy_ratio > 0
+        if encoder is None:
+            # Pixels of many images would not fit into memory: components come from some.
+            monkeypatch.setattr("diffaugkit.embedding_diffusion._PIXEL_ROWS", 5)
+            assert model.quality_report(flat).spread_ratio != report.spread_ratio
     assert model.transform(flat).shape == (40, 8)
 
 

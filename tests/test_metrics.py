@@ -550,6 +550,32 @@ def slow_vendi(distance):
     return np.exp(-np.sum(share * np.log(share)))
 
 
+def test_quality_report_draws_rows_of_large_sets():
+    X, y = make_blobs(2500, centers=4, n_features=3, cluster_std=2.0, random_state=0)
+    X /= 20
+    source = np.random.default_rng(1).integers(2500, size=2200)
+    generated = X[source] + 0.005 * normal(2200, 3)
+    report = quality_report(X, generated, source, labels=y)
+    assert report.n_generated == report.n_real == 2000
+    exact = quality_report(X, generated, source, labels=y, max_samples=None)
+    assert (exact.n_generated, exact.n_real) == (2200, 2500)
+    assert (exact.precision, exact.recall) == precision_recall(X, generated)
+    assert report.copy_ratio == pytest.approx(exact.copy_ratio, rel=0.05)
+    assert report.real_nearest_distance == pytest.approx(exact.real_nearest_distance, rel=0.05)
+    assert report.label_consistency == pytest.approx(exact.label_consistency, abs=0.01)
+    assert report.real_label_consistency == pytest.approx(exact.real_label_consistency, abs=0.01)
+    assert report.kernel_distance == pytest.approx(exact.kernel_distance, abs=0.01)
+    # A copy of a row that is not drawn is a copy as well, source or not.
+    assert quality_report(X, X[source], max_samples=20).nearest_distance == 0.0
+    assert quality_report(X, X[source], source, max_samples=20).copy_ratio == 0.0
+    assert quality_report(X, generated, max_samples=20) == quality_report(
+        X, generated, max_samples=20
+    )
+    for wrong in (5, 0.5):
+        with pytest.raises(ValueError, match="max_samples must be"):
+            quality_report(X, generated, max_samples=wrong)
+
+
 def test_quality_report_has_no_source_among_the_voters():
     # Labels are noise and samples are copies: with its source as its only voter every label
     # would be kept; without it, no more than by chance.

@@ -515,6 +515,24 @@ def test_in_a_pipeline(normalization, adata, tmp_path):
     np.testing.assert_allclose(pipe[1].transform(pipe[0].transform(backed)), memory, atol=1e-4)
 
 
+@pytest.mark.parametrize("normalization", ["log1p", "pearson_residuals"])
+def test_counts_of_many_cells_need_little_memory_beside_themselves(normalization):
+    X = np.random.default_rng(0).poisson(1.0, (40_000, 40)).astype(np.float32)
+    model = CellPreprocessor(normalization, n_top_genes=None).fit(X[:2000])
+    values = model.transform(X)
+    tracemalloc.start()
+    try:
+        counts = model.inverse_transform(values, total_counts=X.sum(axis=1))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * counts.nbytes
+    # Each cell by itself, as it would be alone.
+    np.testing.assert_array_equal(
+        counts[-7:], model.inverse_transform(values[-7:], total_counts=X[-7:].sum(axis=1))
+    )
+
+
 def test_totals_of_any_form_and_saving(counts, tmp_path):
     X = counts
     model = CellPreprocessor("log1p").fit(X)

@@ -162,6 +162,8 @@ def weighted_knn_accuracy(
 ) -> float | dict[int, float]:
     """Accuracy of DINO's weighted k-NN vote on a test set.
 
+    Time grows with the product of both numbers of samples; memory does not.
+
     Parameters
     ----------
     features : array-like of shape (n_samples, n_features)
@@ -223,7 +225,9 @@ def retrieval_map(
 
     For each query the database is sorted by similarity, most similar first; samples of the
     query's class are relevant. Average precision is that of scikit-learn: the mean, over the
-    relevant samples, of the precision at their rank, ties at their last rank.
+    relevant samples, of the precision at their rank, ties at their last rank. Time grows with the
+    product of queries and database (20 000 of both take a minute): draw some thousand queries of
+    large sets, and keep the database.
 
     Parameters
     ----------

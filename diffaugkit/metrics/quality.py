@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.utils import check_random_state
 
 from diffaugkit.arrays import embedder, to_numpy
 from diffaugkit.metrics.checks import (
@@ -25,6 +27,7 @@ from diffaugkit.metrics.generation import (
     frechet_distance,
     kernel_distance,
     kernel_estimate,
+    nearest_others,
     nearest_training_samples,
     precision_recall,
     source_rows,
@@ -33,6 +36,9 @@ from diffaugkit.metrics.generation import (
 
 #: A copy ratio below this value means that the generator nearly copies its sources.
 NEAR_COPY = 0.3
+#: Samples of either kind that a report compares: all its values are estimates, most of them of a
+#: cost that grows with the square.
+REPORT_ROWS = 2_000
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,11 @@ class QualityReport:
         See :func:`kernel_distance`; a sample and its own source are no pair, as they are alike
         whatever the generator.
     n_generated : int
-        Number of generated samples; the distances depend on it: state it with them.
+        Number of generated samples that were compared; the distances depend on it: state it with
+        them.
     n_real : int or None, default=None
-        Number of real samples, on which the distances depend as well.
+        Number of real samples that were compared, on which the distances depend as well.
+        Neighbours are sought among all that were given.
     nearest_distance : float >= 0 or None, default=None
         Median distance of a generated sample to its nearest real one; see
         :func:`nearest_training_samples`.
@@ -179,12 +187,17 @@ def quality_report(
     source: ArrayLike | None = None,
     *,
     extractor: Any = None,
-    embed: Callable | None = None,
+    embed: Callable | tuple | None = None,
     labels: ArrayLike | None = None,
     n_neighbors: int = 10,
+    max_samples: int | None = REPORT_ROWS,
     random_state: Any = 0,
 ) -> QualityReport:
     """Check generated samples against the real ones before they are used.
+
+    Large sets are compared by a draw of `max_samples` rows of either kind. The neighbours of the
+    drawn ones, for copies and for labels, are sought among all real samples: a copy of any of
+    them is found. So the cost is linear in the number of samples.
 
     Label consistency is cross-fitted: the real samples are split into folds, and the real *and*
     the generated samples of a fold (those whose source lies in it) are judged by the other folds
@@ -205,16 +218,19 @@ or None, default=None
         Maps samples to the features in which all is measured, as in :func:`frechet_distance`.
         Samples may then be of any kind that it reads, such as images, and `source` holds row
         numbers.
-    embed : callable, default=None
+    embed : callable, tuple of two array-likes or None, default=None
         Maps samples to the embedding in which label consistency is measured, as
-        `encoder.transform`. None: in the space of the samples, or of the features. All else is
-        measured there anyway.
+        `encoder.transform`; or the embeddings of `real` and of `generated` themselves. None: in
+        the space of the samples, or of the features. All else is measured there anyway.
     labels : array-like of shape (n_real,), default=None
         Labels of the real samples. None leaves label consistency out.
     n_neighbors : int, default=10
         Voters for the label.
+    max_samples : int >= 6 or None, default=2000
+        Rows of either kind that are drawn where there are more; None compares all, at a cost that
+        grows with the square of their number (hours for a few hundred thousand).
     random_state : int, RandomState instance or None, default=0
-        Shuffles the folds: ten, or fewer where no class has ten samples.
+        Draws the rows, and shuffles the folds: ten, or fewer where no class has ten samples.
 
     Returns
     -------
@@ -238,6 +254,8 @@ or None, default=None
     >>> report.label_consistency == report.real_label_consistency
     True
     """
+    if max_samples is not None and not (isinstance(max_samples, Integral) and max_samples > 5):
+        raise ValueError(f"max_samples must be an int of at least 6 or None, got {max_samples!r}.")
     if extractor is not None:
         if source is not None and np.ndim(source) != 1:
             raise ValueError("with an extractor, give source as int row numbers of real.")
@@ -246,40 +264,59 @@ or None, default=None
     real, generated = check_pair(real, generated, min_samples=2)
     if source is not None:
         source = source_rows(source, real, len(generated))
+    # By one seed: equally many of both, as samples and their sources, are drawn alike.
+    rows, picked = (report_rows(len(x), random_state, max_samples) for x in (real, generated))
+    everything, real, generated = real, real[rows], generated[picked]
+    place = None
+    if source is not None:
+        source = source[picked]
+        place = np.full(len(everything), -1)
+        place[rows] = np.arange(len(rows))
+        place = place[source]
     consistency = real_consistency = by_class = None
     if labels is not None:
-        classes, codes = check_labels(labels, n=len(real), name="labels")
+        classes, codes = check_labels(labels, n=len(everything), name="labels")
         if source is not None:
             by_class = {
-                name: frechet_distance(real[codes == code], generated[codes[source] == code])
+                name: frechet_distance(real[codes[rows] == code], generated[codes[source] == code])
                 for code, name in enumerate(classes.tolist())
-                if min(np.sum(codes == code), np.sum(codes[source] == code)) > 1
+                if min(np.sum(codes[rows] == code), np.sum(codes[source] == code)) > 1
             }
-        real_e, generated_e = (x if embed is None else embed(x) for x in (real, generated))
+        real_e, generated_e = everything, generated
+        if isinstance(embed, tuple):
+            real_e, generated_e = embed[0], np.asarray(embed[1])[picked]
+        elif embed is not None:
+            real_e, generated_e = embed(everything), embed(generated)
         real_e, generated_e = check_pair(real_e, generated_e)
-        if (len(generated_e), len(real_e)) != (len(generated), len(real)):
+        if (len(generated_e), len(real_e)) != (len(generated), len(everything)):
             raise ValueError("embed must return one row per sample.")
         consistency, real_consistency = _cross_fitted_consistency(
-            generated_e, source, real_e, codes, n_neighbors, random_state
+            generated_e, source, real_e, rows, codes, n_neighbors, random_state
         )
     precision, recall = precision_recall(real, generated)
-    between_real = NearestNeighbors(n_neighbors=1).fit(real).kneighbors()[0]
     return QualityReport(
         label_consistency=consistency,
         real_label_consistency=real_consistency,
         spread_ratio=spread_ratio(real, generated),
         precision=precision,
         recall=recall,
-        copy_ratio=None if source is None else copy_ratio(real, generated, source),
+        copy_ratio=None if source is None else copy_ratio(everything, generated, source),
         frechet_distance=frechet_distance(real, generated),
-        kernel_distance=kernel_estimate(real, generated, source),
+        kernel_distance=kernel_estimate(real, generated, place),
         n_generated=len(generated),
         n_real=len(real),
-        nearest_distance=float(np.median(nearest_training_samples(real, generated)[0])),
-        real_nearest_distance=float(np.median(between_real)),
+        nearest_distance=float(np.median(nearest_training_samples(everything, generated)[0])),
+        real_nearest_distance=float(np.median(nearest_others(everything, rows))),
         effective_diversity=effective_diversity(real, generated),
         class_frechet_distance=by_class,
     )
+
+
+def report_rows(n: int, random_state: Any, max_samples: int | None = REPORT_ROWS) -> np.ndarray:
+    """Return the rows of `n` that a report compares, sorted: all, or a draw of `max_samples`."""
+    if max_samples is None or n <= max_samples:
+        return np.arange(n)
+    return np.sort(check_random_state(random_state).permutation(n)[:max_samples])
 
 
 # ------------------------------------------------------------------ scorers
@@ -459,8 +496,8 @@ def make_embedding_scorer(
 # ------------------------------------------------------------------ helpers
 
 
-def _cross_fitted_consistency(generated, source, real, codes, n_neighbors, random_state):
-    """Return the consistency of generated samples (None without source) and of real ones."""
+def _cross_fitted_consistency(generated, source, real, rows, codes, n_neighbors, random_state):
+    """Return the consistency of generated samples (None without source) and of `rows` of real."""
     most = int(np.bincount(codes).max())
     if most < 2:
         raise ValueError(
@@ -475,8 +512,10 @@ def _cross_fitted_consistency(generated, source, real, codes, n_neighbors, rando
         for train, test in folds.split(real, codes):
             check_neighbors(n_neighbors, len(train), "real samples outside a fold")
             model = KNeighborsClassifier(n_neighbors).fit(real[train], codes[train])
-            hit[test] = model.predict(real[test]) == codes[test]
-            rows = [] if source is None else np.flatnonzero(np.isin(source, test))
-            if len(rows):
-                generated_hit[rows] = model.predict(generated[rows]) == codes[source[rows]]
-    return (None if source is None else float(generated_hit.mean())), float(hit.mean())
+            judged = np.intersect1d(rows, test)
+            if len(judged):
+                hit[judged] = model.predict(real[judged]) == codes[judged]
+            made = [] if source is None else np.flatnonzero(np.isin(source, test))
+            if len(made):
+                generated_hit[made] = model.predict(generated[made]) == codes[source[made]]
+    return (None if source is None else float(generated_hit.mean())), float(hit[rows].mean())
