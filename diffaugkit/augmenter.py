@@ -518,6 +518,8 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
 
     def _generate(self, views, targets, plans, wanted):
         """Generate, check and replace, until each class has what it wants or its attempts end."""
+        from tqdm.auto import tqdm
+
         counts = {
             name: {"candidates": 0, "low_confidence": 0, "copies": 0, "accepted": 0}
             for name in wanted
@@ -537,8 +539,18 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
             made, spots, features = views.generate(
                 source, partner, alpha, seed, self.interpolation, self.strength
             )
-            confidence = judge.confidence(features, source, partner)
-            ratio = judge.copy_ratio(spots)
+            steps = tqdm(
+                list(gen_batches(len(spots), 4096)),
+                desc="judging",
+                unit="batch",
+                disable=not self.verbose,
+                leave=False,
+            )
+            judged = [
+                (judge.confidence(features[i], source[i], partner[i]), judge.copy_ratio(spots[i]))
+                for i in steps
+            ]
+            confidence, ratio = (np.concatenate(part) for part in zip(*judged, strict=True))
             doubtful = confidence < (self.min_confidence or 0)
             copied = ~doubtful & (ratio < (self.min_copy_ratio or 0))
             keep = ~(doubtful | copied)
