@@ -59,8 +59,6 @@ from diffaugkit.rows import DenseRows
 from diffaugkit.runtime import mix_seed
 from diffaugkit.spaces import CopySpace
 
-# Images from which the components of pixels are learned.
-_PIXEL_ROWS = 4_096
 _STRATEGIES = {"auto", "minority", "not minority", "not majority", "all"}
 _PROVENANCE = ("source", "partner", "alpha", "seed", "row", "confidence", "copy_ratio")
 
@@ -694,7 +692,7 @@ class _Views:
         self.embeddings = None
         if generator._condition is not None:
             self.embeddings = np.asarray(generator._embed(rows), dtype=np.float32)
-        self.space = CopySpace(rows, generator._space_of(), _PIXEL_ROWS)
+        self.space = CopySpace(rows, generator._space_of())
         self.spots = self.space.of(rows)
         flat = self.embeddings
         self.features = self.spots if flat is None else flat.reshape(len(flat), -1)

@@ -68,8 +68,6 @@ from diffaugkit.spaces import ComponentSpace, CopySpace, LatentSpace, PixelSpace
 
 # Embeddings of training rows that are kept, so that ``sample(n)`` has conditions to draw from.
 _POOL = 4_096
-# Images from whose pixels a report computes its principal components.
-_PIXEL_ROWS = 4_096
 # What "auto" means, for vectors and for images.
 _AUTO = {"batch_size": (300, 64), "learning_rate": (2e-3, 1e-3)}
 # Conditions of fewer dimensions keep their length: a direction would say too little.
@@ -750,7 +748,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         if self.encoder_ is not None:
             # Several tokens are compared side by side.
             return [self._embed(part).reshape(len(part), -1) for part in (rows, generated)]
-        pixels = CopySpace(rows, space, _PIXEL_ROWS)
+        pixels = CopySpace(rows, space)
         return [pixels.of(part) for part in (rows, generated)]
 
     def _prepare(self, rows, embeddings, *, seed):

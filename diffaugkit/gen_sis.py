@@ -47,6 +47,8 @@ from diffaugkit.encoder_fits import draw_partners
 from diffaugkit.image_inputs import check_image_shape, is_standard
 from diffaugkit.image_rows import ImageRows
 from diffaugkit.image_store import refuse_other_run, stored_samples
+from diffaugkit.metrics.checks import check_labels
+from diffaugkit.metrics.quality import quality_report, report_rows
 from diffaugkit.persistence import fingerprint
 from diffaugkit.runtime import mix_seed
 
@@ -368,9 +370,6 @@ class GenSIS(TorchTransformer):
         QualityReport
             See :func:`~diffaugkit.metrics.quality_report`; `n_generated` is the number of images.
         """
-        from diffaugkit.metrics.checks import check_labels
-        from diffaugkit.metrics.quality import quality_report, report_rows
-
         check_is_fitted(self, "encoder_")
         rows = self._check_input(X, reset=False)
         if labels is not None:  # refused before all is generated

@@ -81,8 +81,6 @@ _EXAMPLES = 8
 _LARGE = 48
 # Neighbours that vote in the quality report.
 _VOTERS = 10
-# Images from which the components are learned in which copies are looked for.
-_PIXEL_ROWS = 2_000
 # Values of a sparse labelled set up to which it is made dense: the same bits as from an array.
 _DENSE_VALUES = 2**26
 
@@ -807,7 +805,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         import pandas as pd
 
         # Copies are of what the generator has seen, most of which may have no label.
-        space, added = CopySpace(rows if pool is None else pool, self._space(), _PIXEL_ROWS), []
+        space, added = CopySpace(rows if pool is None else pool, self._space()), []
         spots = labelled = space.of(rows)
         if pool is not None:
             spots = _different(np.concatenate([spots, space.of(pool)]))

@@ -35,6 +35,8 @@ _LATENTS_IN_MEMORY = 2**28
 # batch is filled up: a larger one makes many samples faster, and a single one slower.
 _SAMPLING_ON_CPU = 2**15, 4, 128
 _SAMPLING_ON_GPU = 2**20, 16, 512
+# Images from which the components are learned in which copies are looked for.
+_PIXEL_ROWS = 4_096
 # Stream of a seed for what components leave out.
 _RESIDUAL = 5
 
@@ -246,14 +248,12 @@ class CopySpace:
         Real samples.
     space : ComponentSpace, PixelSpace or LatentSpace
         Space of the generator.
-    n_fitted : int
-        Images that the components are computed from, at most.
     """
 
-    def __init__(self, rows, space, n_fitted):
+    def __init__(self, rows, space):
         self.space, self.pcs = space, None
         if rows.is_image:
-            some = np.linspace(0, len(rows) - 1, min(len(rows), n_fitted)).astype(np.int64)
+            some = np.linspace(0, len(rows) - 1, min(len(rows), _PIXEL_ROWS)).astype(np.int64)
             pixels = _flat_pixels(rows, some)
             self.pcs = PCA(min(50, *pixels.shape), random_state=0).fit(pixels)
 

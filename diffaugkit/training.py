@@ -89,8 +89,7 @@ def scheduled_rate(step, n_steps, learning_rate, *, warmup=0):
     """Learning rate of one optimiser step, in closed form.
 
     Linear warm-up, ``rate * (step + 1) / warmup``, then half a cosine down to zero (Loshchilov and
-    Hutter 2017, "SGDR", equation 5, one period). A function of the step has no state
-    to save.
+    Hutter 2017, "SGDR", equation 5, one period). A function of the step has no state to save.
 
     Parameters
     ----------

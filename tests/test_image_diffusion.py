@@ -479,7 +479,7 @@ def test_quality_report(images, monkeypatch):
         assert report.copy_ratio > 0
         if encoder is None:
             # Pixels of many images would not fit into memory: components come from some.
-            monkeypatch.setattr("diffaugkit.embedding_diffusion._PIXEL_ROWS", 5)
+            monkeypatch.setattr("diffaugkit.spaces._PIXEL_ROWS", 5)
             assert model.quality_report(flat).spread_ratio != report.spread_ratio
     assert model.transform(flat).shape == (40, 8)
 

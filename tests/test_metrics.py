@@ -467,6 +467,14 @@ def test_scorer_of_the_classes(blobs):
     assert per_class(model, X, y) == -np.mean(list(by_class.values()))
     with pytest.raises(ValueError, match="needs the classes"):
         per_class(model, X)
+    # What is sampled has no class: it must not be given that of a row by its place.
+    of_samples = make_generation_scorer(frechet_distance, method="sample", per_class=True)
+    for scorer, generator in (
+        (of_samples, model),
+        (per_class, GaussianMixture(random_state=0).fit(X)),
+    ):
+        with pytest.raises(ValueError, match="needs to know the class"):
+            scorer(generator, X, y)
     # What has no `sample` is asked to augment.
     assert frechet_scorer(Shifting(), X) == -frechet_distance(X, X + 1.0)
 

@@ -148,10 +148,8 @@ class QualityReport:
         colors = np.where(alarm, "#d55e00", "#0072b2")
         bars = ax.barh(places, list(values.values()), color=colors, height=0.7)
         ax.bar_label(bars, fmt="%.2f", padding=3)
-        marks = [real[name] for name in values]
-        for place, mark in zip(places, marks, strict=True):
-            ax.plot([mark, mark], [place - 0.45, place + 0.45], color="black")
-        ax.plot([], [], color="black", label="real samples")
+        marks = np.array([real[name] for name in values], dtype=float)
+        ax.vlines(marks, places - 0.45, places + 0.45, color="black", label="real samples")
         ax.set_yticks(places, [name.replace("_", " ") for name in values])
         ax.set_xlim(0, 1.15 * max([1.0, *values.values()]))
         ax.set_title(f"Quality of {self.n_generated} generated samples", loc="left")
@@ -357,8 +355,13 @@ class _GenerationScorer:
     def _generate(self, estimator, X, n):
         method = self.method
         if method == "auto":
-            has_sample = hasattr(estimator, "sample") and not self.per_class
-            method = "sample" if has_sample or not hasattr(estimator, "augment") else "augment"
+            augments = self.per_class or not hasattr(estimator, "sample")
+            method = "augment" if augments and hasattr(estimator, "augment") else "sample"
+        if method == "sample" and self.per_class:
+            raise ValueError(
+                f"per_class=True needs to know the class of what {type(estimator).__name__} "
+                "generates, which `sample` does not tell: it takes a method such as 'augment'."
+            )
         generate = getattr(estimator, method, None)
         if generate is None:
             raise ValueError(
