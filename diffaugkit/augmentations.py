@@ -23,7 +23,7 @@ _EXACT_LIMIT = 60_000
 _REFERENCE_LIMIT = 50_000
 
 
-def nearest_neighbors(rows, n_neighbors):
+def nearest_neighbors(rows, n_neighbors, *, verbose=0):
     """Find the nearest rows of each row, itself excluded.
 
     Exact (scikit-learn) up to 60 000 rows, approximate by NN-descent (pynndescent, where installed)
@@ -35,6 +35,8 @@ def nearest_neighbors(rows, n_neighbors):
         Euclidean distances are taken in this space.
     n_neighbors : int
         Neighbours per row, at most n - 1.
+    verbose : int, default=0
+        1 shows a progress bar.
 
     Returns
     -------
@@ -51,6 +53,8 @@ def nearest_neighbors(rows, n_neighbors):
     >>> nearest_neighbors(torch.tensor([[0.0], [1.0], [3.0]]), 1).tolist()
     [[1], [0], [1]]
     """
+    from tqdm.auto import tqdm
+
     n = len(rows)
     if n_neighbors >= n:
         raise ValueError(
@@ -64,16 +68,19 @@ def nearest_neighbors(rows, n_neighbors):
         reference.sort()
     points = np.ascontiguousarray(rows[reference], dtype=np.float32)
     among_all = len(reference) == n
-    search = _search(points, n_neighbors + 1, among_all)
     found = np.empty((n, n_neighbors), dtype=np.int32)
-    for start in range(0, n, 16_384):
-        stop = min(start + 16_384, n)
-        block = points[start:stop] if among_all else np.asarray(rows[start:stop])
-        candidates = reference[search(slice(start, stop), block)]
-        # A row is its own nearest neighbour, but not always first among equals, nor always found.
-        itself = candidates == np.arange(start, stop)[:, None]
-        itself[~itself.any(axis=1), -1] = True
-        found[start:stop] = candidates[~itself].reshape(-1, n_neighbors)
+    options = {"desc": "neighbors", "unit": "row", "disable": not verbose, "leave": False}
+    with tqdm(total=n, **options) as bar:  # around the search: NN-descent works before the first
+        search = _search(points, n_neighbors + 1, among_all)
+        for start in range(0, n, 16_384):
+            stop = min(start + 16_384, n)
+            block = points[start:stop] if among_all else np.asarray(rows[start:stop])
+            candidates = reference[search(slice(start, stop), block)]
+            # A row is its own nearest, but not always first among equals, nor always found.
+            itself = candidates == np.arange(start, stop)[:, None]
+            itself[~itself.any(axis=1), -1] = True
+            found[start:stop] = candidates[~itself].reshape(-1, n_neighbors)
+            bar.update(stop - start)
     return torch.from_numpy(found)
 
 

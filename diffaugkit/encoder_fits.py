@@ -63,7 +63,8 @@ class VectorFit:
         key = (k, None if self.space[1] is None else self.space[1].tobytes())
         memo = rows._memo.get("neighbors")
         if memo is None or memo[0] != key:
-            memo = rows._memo["neighbors"] = (key, nearest_neighbors(inputs, k))
+            found = nearest_neighbors(inputs, k, verbose=encoder.verbose)
+            memo = rows._memo["neighbors"] = (key, found)
         views = _positive_views(positives, rows, self.space, encoder)
         self.batches = make_batches(
             inputs,

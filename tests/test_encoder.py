@@ -124,6 +124,13 @@ def test_every_option_is_used(blobs, options):
             assert y.shape != base.transform(X).shape or not np.array_equal(y, base.transform(X))
 
 
+def test_search_of_neighbours_shows_its_progress(blobs, capfd):
+    tiny(verbose=1).fit(blobs[0])
+    assert "neighbors" in capfd.readouterr().err
+    tiny(verbose=0).fit(blobs[0])
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(("n", "epochs"), [(100, 330), (10**6, 10), (5 * 10**4, 30)])
 def test_auto_epochs(n, epochs):
     steps = -(-n // 300)
