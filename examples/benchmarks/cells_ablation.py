@@ -12,6 +12,7 @@ is written as it comes, and a stopped run goes on where it was.
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -143,14 +144,11 @@ def plot_levers(records, path):
     if not points:
         return
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    means = {variant: np.mean(found, axis=0) for variant, found in points.items()}
-    # Names below and above by turns, so that those of neighbours stay apart.
-    for rank, variant in enumerate(sorted(means, key=lambda name: -means[name][1])):
-        ax.plot(*means[variant], "o")
-        place = {"xytext": (5, 4 if rank % 2 else -11), "textcoords": "offset points"}
-        ax.annotate(variant, means[variant], fontsize=8, **place)
+    for (variant, found), marker in zip(points.items(), itertools.cycle("osD^vP")):
+        ax.plot(*np.mean(found, axis=0), marker, label=variant)
     ax.set(xlabel="copy ratio (0: copies)", ylabel="labels kept, relative to real cells")
-    ax.margins(0.2)
+    ax.margins(0.1)
+    ax.legend()
     figure.savefig(path, dpi=150)
 
 
