@@ -176,17 +176,35 @@ class Results:
 
     def read(self):
         """Return all records written so far, by key."""
-        if not self.path.exists():
-            return {}
-        return json.loads(self.path.read_text())
+        return {key: record for key, record in self._read().items() if key != "settings"}
 
     def add(self, key, record):
-        """Write one record; the file is replaced whole, so that a reader never sees half of it."""
+        """Write one record."""
         with self._lock():
-            records = self.read() | {key: record}
-            aside = self.path.with_name(self.path.name + ".tmp")
-            aside.write_text(json.dumps(records, indent=0, allow_nan=False) + "\n")
-            aside.replace(self.path)
+            self._write(self._read() | {key: record})
+
+    def settle(self, group, **settings):
+        """Note what all records of a group share beside their keys; stop if they had another.
+
+        Rows of a stopped run are not made again, so those of other settings would stay in between.
+        """
+        with self._lock():
+            whole = self._read()
+            before = whole.setdefault("settings", {}).setdefault(group, settings)
+            self._write(whole)
+        others = [name for name in settings if before.get(name) != settings[name]]
+        if others:
+            said = ", ".join(f"{k}={before.get(k)} and not {settings[k]}" for k in others)
+            raise SystemExit(f"{self.path} holds {group} with {said}: name another --out")
+
+    def _read(self):
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def _write(self, whole):
+        # The file is replaced whole, so that a reader never sees half of it.
+        aside = self.path.with_name(self.path.name + ".tmp")
+        aside.write_text(json.dumps(whole, indent=0, allow_nan=False) + "\n")
+        aside.replace(self.path)
 
     @contextlib.contextmanager
     def _lock(self):
@@ -203,6 +221,11 @@ class Results:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def quick_out(out):
+    """Where a smoke test writes: its rows must never stand between those of a whole run."""
+    return str(Path(out).with_suffix(".quick.json"))
 
 
 def markdown(header, rows):

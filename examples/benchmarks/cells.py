@@ -6,8 +6,9 @@ Each peer works on the better of two standard matrices (scanpy's 2 000 scaled lo
 residuals of 3 000 genes), chosen per set by its own mean SVM accuracy, and is given what its users
 usually give it: UMAP, t-SNE and h-NNE 50 principal components, PaCMAP and PHATE the matrix (they
 reduce it themselves), scVI the raw counts. Stochastic methods run once per seed, deterministic ones
-once. diffaugkit starts from raw counts with its defaults; "E-only" is the same estimator without
-generated views. Methods that are not installed are skipped with a message.
+once, but are judged with each seed, as k-means is not deterministic. diffaugkit starts from raw
+counts with its defaults; "E-only" is the same estimator without generated views. Methods that are
+not installed are skipped with a message.
 
 Results are written as they come, and a second run goes on where the first stopped. Delete the
 result file (not the cache of the peers) after a change to the library. Useful variants::
@@ -38,6 +39,7 @@ from _common import (
     evaluate,
     load_cells,
     markdown,
+    quick_out,
     standard_matrix,
 )
 from sklearn.pipeline import make_pipeline
@@ -212,6 +214,15 @@ class Inputs:
             aside.replace(path)
         return array, seconds
 
+    def peer(self, method, kind, seed):
+        """Return the embedding of a peer and its seconds: one for all seeds if it has no chance."""
+        _, _, what, stochastic, embed = PEERS[method]
+        parts = [method, kind, str(seed if stochastic else 0)]
+        if method.startswith("scVI") and self.args.scvi_epochs:
+            parts.append(f"{self.args.scvi_epochs} epochs")
+        given = self(what, kind)
+        return self.cached(lambda: embed(given, seed, self.args), *parts)
+
     def __call__(self, what, kind):
         """Return the counts, a standard matrix, or its 50 principal components."""
         if what == "counts":
@@ -233,10 +244,8 @@ def embed_and_judge(method, kind, seed, inputs, args):
         found = fit_ours(method, inputs.cells, seed, args.quick)
         seconds = time.perf_counter() - start
     else:
-        group, _, what, _, embed = PEERS[method]
-        given = inputs(what, kind)
-        array, seconds = inputs.cached(lambda: embed(given, seed, args), method, kind, str(seed))
-        found = {group: array}
+        array, seconds = inputs.peer(method, kind, seed)
+        found = {PEERS[method][0]: array}
     scores = {group: evaluate(array, inputs.cells, seed) for group, array in found.items()}
     record = {"seconds": round(seconds, 2), "scores": scores}
     if method.startswith("scVI") and args.scvi_epochs:
@@ -247,15 +256,14 @@ def embed_and_judge(method, kind, seed, inputs, args):
 def runs(args, results):
     """Yield key, inputs, method, matrix and seed of every run that has no result yet."""
     methods = [method for method in args.methods if available(method)]
-    for asked_seed, name in itertools.product(args.seeds, args.sets):
+    if any(method.startswith("scVI") for method in methods):
+        results.settle("scVI", scvi_epochs=args.scvi_epochs)
+    for seed, name in itertools.product(args.seeds, args.sets):
         inputs = Inputs(name, args)
         for method in methods:
-            kinds, seed = ("ours",), asked_seed
+            kinds = ("ours",)
             if method in PEERS:
-                _, _, what, stochastic, _ = PEERS[method]
-                kinds = ("counts",) if what == "counts" else MATRICES
-                # A deterministic method has one run, whichever seeds are asked for.
-                seed = asked_seed if stochastic else 0
+                kinds = ("counts",) if PEERS[method][2] == "counts" else MATRICES
             for kind in kinds:
                 key = f"{name}|{method}|{kind}|{seed}"
                 if key not in results.read():
@@ -347,17 +355,16 @@ def tables(records, sets):
         chosen = {method: found[method] for method in (*PEERS, *OURS) if method in found}
         if not chosen:
             continue
-        out.append(f"# {title}")
         for metric, label in METRICS.items():
             if any(metric in by.get(s, {}) for by in chosen.values() for s in sets):
-                out.append(f"## {label}\n\n{metric_table(chosen, metric, sets)}")
+                out.append(f"### {title}: {label}\n\n{metric_table(chosen, metric, sets)}")
         rows = []
         for method, by in chosen.items():
             notes = {s: (c["matrix"], c["seconds"][0], c["svm"][2]) for s, c in by.items()}
             cells = ["{}, {:.0f} s, {}".format(*notes[s]) if s in notes else "-" for s in sets]
             rows.append([method, *cells])
         table = markdown(["method", *sets], rows)
-        out.append(f"## Matrix used, mean seconds, number of runs\n\n{table}")
+        out.append(f"### {title}: matrix used, mean seconds, number of runs\n\n{table}")
     return "\n\n".join(out)
 
 
@@ -378,7 +385,7 @@ def main():
     parser.add_argument("--tables", action="store_true", help="run nothing, print the tables")
     args = parser.parse_args()
     if args.quick:
-        args.out = str(Path(args.out).with_suffix(".quick.json"))
+        args.out = quick_out(args.out)
     # The peers' own deprecation and parallelism notes would bury the table.
     warnings.filterwarnings("ignore")
     if not args.tables:

@@ -16,7 +16,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-from _common import SETS, Results, evaluate, load_cells, markdown
+from _common import SETS, Results, evaluate, load_cells, markdown, quick_out
 from cells import without_m_step
 
 LEVERS = {
@@ -101,13 +101,18 @@ def run(args):
 
 
 def tables(records, parts):
-    """One table a part: mean over sets and seeds."""
+    """One table a part: mean over the sets and seeds that the file has of it."""
     for part in parts:
-        groups = {}
+        groups, sets, seeds = {}, [], []
         for key, record in records.items():
-            kind, variant, *_ = key.split("|")
+            kind, variant, name, seed = key.split("|")
             if kind == part:
                 groups.setdefault(variant, []).append(record)
+                sets.append(name)
+                seeds.append(seed)
+        if not groups:
+            continue
+        over = f"{', '.join(dict.fromkeys(sets))}, mean over seeds {', '.join(sorted(set(seeds)))}"
         header = [
             "variant",
             "SVM y",
@@ -127,7 +132,7 @@ def tables(records, parts):
                 for k in ("label_consistency", "copy_ratio")
             ]
             rows.append([variant, *(f"{score:.2f}" for score in scores), *kept, len(found)])
-        print(f"\n## {part}: mean over sets and seeds\n\n{markdown(header, rows)}")
+        print(f"\n### {part}: {over}\n\n{markdown(header, rows)}")
 
 
 def plot_levers(records, path):
@@ -162,6 +167,8 @@ def main():
     parser.add_argument("--out", default="cells_ablation.json")
     parser.add_argument("--quick", action="store_true", help="600 cells and 3 epochs: a smoke test")
     args = parser.parse_args()
+    if args.quick:
+        args.out = quick_out(args.out)
     run(args)
     records = Results(args.out).read()
     tables(records, args.parts)

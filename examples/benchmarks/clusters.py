@@ -6,8 +6,10 @@
 default resolution of 1 and once at the resolution that gives as many clusters as the set has types,
 found by bisection; adjusted Rand index and normalised mutual information with the types. Embeddings
 are those of ``cells.py``, whose cache is used where it is there; each peer has the better of the
-two standard matrices per set and measure. Needs igraph, which is in the extra ``peers``. Results
-are written as they come, and a second run goes on where the first stopped::
+two standard matrices per set and measure. An embedding without chance in it is clustered with every
+seed too: the chance in the clusters is as large as in any embedding. Needs igraph, which is in the
+extra ``peers``. Results are written as they come, and a second run goes on where the first
+stopped::
 
     python clusters.py --quick                              # 600 cells per set, a minute or two
     python clusters.py --tables --out clusters.json         # run nothing, print the tables
@@ -17,10 +19,9 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from functools import partial
 
 import numpy as np
-from _common import SETS, Results, markdown
+from _common import SETS, Results, markdown, quick_out
 from cells import OURS, PEERS, fit_ours, runs
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
@@ -79,9 +80,7 @@ def run(args):
     results = Results(args.out)
     for key, inputs, method, kind, seed in runs(args, results):
         if method in PEERS:
-            _, _, what, _, embed = PEERS[method]
-            make = partial(embed, inputs(what, kind), seed, args)
-            array, _ = inputs.cached(make, method, kind, str(seed))
+            array, _ = inputs.peer(method, kind, seed)
         else:
             torch.set_num_threads(threads)  # numba, below neighbors, lifts a limit
             array = fit_ours(method, inputs.cells, seed, args.quick)["high-D"]
@@ -91,6 +90,7 @@ def run(args):
 
 def tables(records, sets):
     """One table a measure: mean and standard deviation over seeds."""
+    seeds = {key.split("|")[3] for key in records}
     for measure, title in MEASURES.items():
         rows = []
         for method in METHODS:
@@ -103,7 +103,8 @@ def tables(records, sets):
                 if by_kind:
                     best = max(by_kind.values(), key=np.mean)
                     means.append(np.mean(best))
-                    cells.append(f"{np.mean(best):.1f} ± {np.std(best):.1f}")
+                    few = f" ({len(best)} of {len(seeds)} seeds)" * (len(best) < len(seeds))
+                    cells.append(f"{np.mean(best):.1f} ± {np.std(best):.1f}{few}")
                 else:
                     cells.append("-")
             if means:
@@ -124,6 +125,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="600 cells per set, short training")
     parser.add_argument("--tables", action="store_true", help="run nothing, print the tables")
     args = parser.parse_args()
+    if args.quick:
+        args.out = quick_out(args.out)
     warnings.filterwarnings("ignore")
     if not args.tables:
         run(args)

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _common import Results, markdown
+from _common import Results, markdown, quick_out
 
 TILE, TRAIN, TEST = 64, slice(0, 288), slice(320, 512)
 VARIANTS = {
@@ -113,6 +113,8 @@ def fit(args, variant, n_tiles, seed, picture, mask):
 
 
 def run(args, results):
+    names = ("widths", "steps", "pretrain_epochs", "min_score")
+    results.settle("detectors", **{name: getattr(args, name) for name in names})
     picture, mask = load()
     for seed in args.seeds:
         for n_tiles in args.tiles:
@@ -197,7 +199,7 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.tiles, args.widths = [0], [4], [8, 8]
-        args.steps, args.pretrain_epochs = 5, 1
+        args.steps, args.pretrain_epochs, args.out = 5, 1, quick_out(args.out)
     results = Results(args.out)
     with tempfile.TemporaryDirectory() as folder:
         args.store = Path(args.store or folder)

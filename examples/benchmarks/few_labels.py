@@ -201,6 +201,13 @@ def run(args, results):
     from diffaugkit.augmenter import GenerativeAugmenter
 
     for name in args.sets:
+        results.settle(
+            name,
+            epochs=args.epochs,
+            diffusion_epochs=args.diffusion_epochs,
+            largest_ratio=max(args.ratios),  # of which smaller ones are the first images
+        )
+    for name in args.sets:
         X, y, X_test, y_test = load_set(name, args.quick)
         splitter = StratifiedKFold(5, shuffle=True, random_state=0)
         for fold, (pool, _) in enumerate(splitter.split(X, y)):
@@ -298,7 +305,8 @@ def against(base, records, column):
     text = f"{own.mean():.1f} ({gains.mean():+.1f}"
     if len(folds) > 2 and np.ptp(gains) > 0:
         text += f", p {ttest_1samp(gains, 0).pvalue:.3f}"
-    return text + ")"
+    # A set from which no sample of a class passed the checks is not judged.
+    return text + (")" if len(folds) == len(base) else f", {len(folds)} of {len(base)} folds)")
 
 
 def main():

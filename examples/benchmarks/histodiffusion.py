@@ -6,12 +6,12 @@ An autoencoder and an unconditional latent diffusion model learn from one tissue
 few labelled images of the other tissue, one per source tile, adapt them and are augmented by 50 to
 300 %. The judge is a small ResNet from scratch with the same number of steps in every row, tested
 on patients (breast) or source tiles (lung) that nothing else has seen; each figure is the mean of
-several judges. One pool of candidates serves all ratios and selections: random takes what comes
-first, consistent what comes first of those that are nearest to the centroid of their class, and
-selective, the paper's, the closest of those. The Frechet distance
-is taken at the number of images of 50 % in every row, mean of 10 draws, in 16 principal components
-of a ResNet trained on all labels of the training side. Each result is written as it comes, models
-are kept beside the result file, and a second run goes on where the first stopped::
+several judges, that of all labels of one. One pool of candidates serves all ratios and selections:
+random takes what comes first, consistent what comes first of those that are nearest to the centroid
+of their class, and selective, the paper's, the closest of those. The Frechet distance is taken at
+the number of images of 50 % in every row, mean of 10 draws, in 16 principal components of a ResNet
+trained on all labels of the training side. Each result is written as it comes, models are kept
+beside the result file, and a second run goes on where the first stopped::
 
     python histodiffusion.py --quick                              # a smoke test, minutes
     python histodiffusion.py --tables --out histodiffusion.json   # run nothing, print the tables
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import Results, markdown
+from _common import Results, markdown, quick_out
 from sklearn.decomposition import PCA
 from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import confusion_matrix, f1_score
@@ -216,6 +216,11 @@ def frechet(space, real, generated, n, seed):
 
 
 def run(args, results):
+    names = ("size", "n_labels", "guidance_scale", "n_candidates", "sampling_steps", "steps")
+    shared = {name: getattr(args, name) for name in (*names, "judges", "epochs")}
+    shared["pretraining"] = args.seeds[0] if args.one_pretraining else "of each seed"
+    for target in args.targets:
+        results.settle(target, **shared)
     for target in args.targets:
         source = TISSUES[1 - TISSUES.index(target)]
         X, y, groups = load_tissue(target, args.size)
@@ -245,6 +250,7 @@ def run(args, results):
 
             if f"{key}|real" not in results.read():
                 results.add(f"{key}|real", judge(*own))
+            if f"{key}|all labels" not in results.read():
                 results.add(f"{key}|all labels", scores(y[test], oracle.predict(X[test])))
             for variant in args.variants:
                 rows = [(kind, ratio) for kind in SELECTIONS for ratio in RATIOS]
@@ -326,6 +332,7 @@ def main():
     if args.quick:
         args.seeds, args.epochs, args.steps, args.sampling_steps = [0], 1, 10, 4
         args.size, args.n_labels, args.judges = 24, 12, 1
+        args.out = quick_out(args.out)
     results = Results(args.out)
     if not args.tables:
         run(args, results)

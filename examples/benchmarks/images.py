@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from _common import Results, markdown
+from _common import Results, markdown, quick_out
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -165,6 +165,11 @@ def _mean_cosine(a, b):
 
 
 def run(args, results):
+    names = ("epochs", "batch_size", "out_dim", "diffusion_epochs", "n_views")
+    shared = {name: getattr(args, name) for name in names}
+    for name in args.sets:
+        of = f"{name}, size {args.size}, local crops {args.local_crops}, {args.condition}"
+        results.settle(of, **shared)
     for name in args.sets:
         for seed in args.seeds:
             run_set(name, seed, args, results)
@@ -286,6 +291,8 @@ def main():
     )
     parser.add_argument("--tables", action="store_true", help="run nothing, print the tables")
     args = parser.parse_args()
+    if args.quick:
+        args.out = quick_out(args.out)
     results = Results(args.out)
     if not args.tables:
         run(args, results)

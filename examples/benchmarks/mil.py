@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _common import Results, markdown
+from _common import Results, markdown, quick_out
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -73,6 +73,8 @@ def make_bags(embeddings, y, tiles, n_bags, size, n_keys, rng):
 def run(args, results):
     from diffaugkit.mil import AttentionMILClassifier
 
+    names = ("encoder_epochs", "bags", "bag_size", "epochs")
+    results.settle(args.encoder, **{name: getattr(args, name) for name in names})
     X, y, group = load_lung()
     for seed in args.seeds:
         rng = np.random.default_rng(seed)
@@ -153,6 +155,7 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.encoder, args.keys, args.bags, args.epochs = [0], "pca", [5], 60, 20
+        args.out = quick_out(args.out)
     results = Results(args.out)
     if not args.tables:
         run(args, results)

@@ -20,7 +20,7 @@ import warnings
 from itertools import product
 
 import numpy as np
-from _common import SETS, Results, load_cells, markdown
+from _common import SETS, Results, load_cells, markdown, quick_out
 from scipy.stats import ttest_rel
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -142,16 +142,14 @@ def run(args, results):
 
 
 def tables(results):
-    """Print a table per classifier and score: means over the folds that all methods have run."""
+    """Print macro F1 x 100 per classifier and score: means over the folds that all methods have."""
     found = {}
     for key, record in results.read().items():
         name, aim, seed, fold, method = key.split("|")
         found.setdefault((name, aim), {}).setdefault(method, {})[seed, fold] = record
     for classifier in CLASSIFIERS:
         for score in SCORES:
-            print(
-                f"\nMacro F1 x 100, {score} types, {classifier}; p: paired t-test against SMOTE\n"
-            )
+            print(f"\n### {score.capitalize()} types, {classifier}\n")
             rows, gains = [], {}
             for (name, aim), methods in found.items():
                 folds = sorted(set.intersection(*map(set, methods.values())))
@@ -166,9 +164,10 @@ def tables(results):
                         gain = values[ours] - values[peer]
                         gains.setdefault(peer, {}).setdefault(ours, []).extend(gain)
             for peer, gain in gains.items():
-                n = len(next(iter(gain.values())))
+                n = max(map(len, gain.values()))
                 means = [
-                    f"{np.mean(g):+.2f} ± {np.std(g, ddof=1) / n**0.5:.2f}" for g in gain.values()
+                    f"{np.mean(g):+.2f} ± {np.std(g, ddof=1) / len(g) ** 0.5:.2f}" if g else "-"
+                    for g in (gain.get(ours, ()) for ours in OURS)
                 ]
                 rows.append([f"**against {peer}, all folds**", "", n, "", "", "", *means])
             print(markdown(["set", "aim", "folds", *PEERS, *OURS], rows))
@@ -200,6 +199,7 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.sets, args.folds = args.sets[:1], 1
+        args.out = quick_out(args.out)
     results = Results(args.out)
     if not args.tables:
         run(args, results)

@@ -107,6 +107,8 @@ def main():
     parser.add_argument("--precision", default="fp32", help="of ours; the peers' is fp32")
     parser.add_argument("--out", default="sampling_speed.json", help="resumed when it exists")
     args = parser.parse_args()
+    names = ("epochs", "images", "batch_size", "precision")
+    Results(args.out).settle("samplers", **{name: getattr(args, name) for name in names})
     X, _ = load_digits()
     model = EmbeddingConditionedDiffusion(
         encoder=None, max_epochs=args.epochs, precision=args.precision, random_state=0, verbose=1

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _common import Results, markdown
+from _common import Results, markdown, quick_out
 
 SHARES = (5, 10, 25, 100)
 VARIANTS = {
@@ -89,7 +89,7 @@ def scores(model, images, masks):
         "dice": 100 * float(np.mean([dice_score(a, b) for a, b in pairs])),
         "aji_paper": 100 * float(np.mean([pixel_aji(a, b) for a, b in pairs])),
         "aji_objects": 100 * float(np.mean(object_aji(*objects))),
-        "hd95": float(np.mean(distances)) if distances else -1.0,
+        "hd95": float(np.mean(distances)) if distances else None,
     }
 
 
@@ -127,6 +127,9 @@ def run(args, results):
     elif args.widths:
         options["block_out_channels"] = tuple(args.widths)
     size = "paper" if args.paper else "small"
+    names = ("patch_size", "stride", "batch_size", "learning_rate", "widths")
+    shared = {name: getattr(args, name) for name in (*names, "epochs", "pretrain_epochs")}
+    results.settle(f"{size}, 1/{args.scale}", **shared)
     n = len(data["train"][0])
     with tempfile.TemporaryDirectory(dir=args.store) as folder:
         store = Path(args.store or folder)
@@ -145,7 +148,7 @@ def run(args, results):
                     record = scores(model, *data["test"])
                     record["seconds"] = round(time.perf_counter() - clock, 1)
                     results.add(key, record)
-                    print(f"{key}: " + ", ".join(f"{k} {v:.1f}" for k, v in record.items()))
+                    print(f"{key}: {record}")
 
 
 def tables(results):
@@ -163,8 +166,9 @@ def tables(results):
                 continue
             row = [variant, len(found)]
             for metric in METRICS:
-                values = np.array([record[metric] for record in found.values()])
-                row.append(f"{values.mean():.1f} ± {values.std():.1f}")
+                values = [record[metric] for record in found.values()]
+                values = [value for value in values if value is not None]
+                row.append(f"{np.mean(values):.1f} ± {np.std(values):.1f}" if values else "/")
             base = [
                 (record["aji_paper"], records.get(f"{size}|{share}|{seed}|from scratch"))
                 for seed, record in found.items()
@@ -208,6 +212,7 @@ def main():
     if args.quick:
         args.seeds, args.shares, args.scale, args.patch_size, args.widths = [0], [25], 4, 32, [8, 8]
         args.stride, args.epochs, args.pretrain_epochs = 32, 1, 1
+        args.out = quick_out(args.out)
     if args.store:
         Path(args.store).mkdir(parents=True, exist_ok=True)
     results = Results(args.out)

@@ -32,10 +32,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from _common import Results, markdown
+from _common import Results, markdown, quick_out
 from sklearn.cluster import KMeans
 
-SETS = ("glas", "nuclei")
+SETS = {"glas": "GlaS", "nuclei": "Nuclei"}
 SEGMENTS = (2, 3, 4, 5, 6)
 QUANTILES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TIMESTEPS = (0, 50, 100, 200, 300, 500, 700, 900)
@@ -92,10 +92,12 @@ def load_set(name, size):
 
 def unlabelled(name, X):
     """Images to fit the diffusion on: tissue has no upright, so all its flips, or more tiles."""
+    # Of the training part alone: images of the test are new to every method.
     if name == "nuclei":
         from diffaugkit.datasets import load_tissue_tiles
 
-        return load_tissue_tiles(32, 16)[0]
+        tiles, place = load_tissue_tiles(32, 16)
+        return tiles[place[:, 0] + 32 <= 256]
     return np.concatenate([X, X[:, ::-1], X[:, :, ::-1], X[:, ::-1, ::-1]])
 
 
@@ -196,6 +198,9 @@ def run(args, results):
 
     from diffaugkit.zero_shot_segmenter import ZeroShotSegmenter
 
+    names = ("size", "epochs", "batch_size", "widths", "attention_levels")
+    for name in args.sets:
+        results.settle(name, **{setting: getattr(args, setting) for setting in names})
     for name in args.sets:
         parts = load_set(name, tuple(args.size))
         if args.quick:
@@ -251,7 +256,7 @@ def chosen(records, name, seed, method):
 
 def tables(results):
     records = results.read()
-    for name in SETS:
+    for name, shown in SETS.items():
         seeds = sorted({key.split("|")[1] for key in records if key.startswith(f"{name}|")})
         if not seeds:
             continue
@@ -260,12 +265,14 @@ def tables(results):
             found = [chosen(records, name, seed, method) for seed in seeds]
             found = [r["test"] for r in found if r]
             if found:
+                if len(found) < len(seeds):
+                    title += f" ({len(found)} of {len(seeds)} seeds)"
                 cells = [
                     f"{np.mean(values):.1f} ± {np.std(values):.1f}"
                     for values in ([r[score] for r in found] for score in SCORES)
                 ]
                 rows.append([title, *cells, f"{np.mean([r['segments'] for r in found]):.1f}"])
-        print(f"\n{name}: mean over test images, {len(seeds)} seeds\n")
+        print(f"\n### {shown}: mean over test images, {len(seeds)} seeds\n")
         print(markdown(["method", *SCORES.values(), "segments"], rows))
         curves = {
             "halves": ("timestep, two segments", TIMESTEPS),
@@ -324,7 +331,7 @@ def main():
     parser.add_argument("--tables", action="store_true", help="run nothing, print the tables")
     args = parser.parse_args()
     if args.quick:
-        args.seeds = args.seeds[:1]
+        args.seeds, args.out = args.seeds[:1], quick_out(args.out)
         global SEGMENTS, QUANTILES, TIMESTEPS
         SEGMENTS, QUANTILES, TIMESTEPS = (2, 3), (0.3, 0.5), (100, 300)
     results = Results(args.out)
