@@ -6,8 +6,8 @@ From each set some cells are drawn, without labels, for the preprocessing and th
 others are embedded by what was learned, and judged as in ``cells.py`` among themselves. So what is
 asked for is not how well a map fits the cells it was drawn from, but what it has understood, which
 is where generated views can help. Every method reads the same matrix, that of ``CellPreprocessor``:
-PCA, UMAP (of 50 principal components, by its ``transform``), ``DiffAugEM`` with each share lambda of
-generated views, and the same without a generator at the same epochs of the encoder ("E alone").
+PCA, UMAP (of 50 principal components, by its ``transform``), ``DiffAugEM`` with each share lambda
+of generated views, and the same without a generator at equal epochs of the encoder ("E alone").
 Size 0 stands for half of the set. Results are written as they come, and a second run goes on where
 the first stopped::
 
@@ -105,7 +105,7 @@ def run(args, results):
 
 
 def tables(records):
-    """Print a table per size: means over sets and seeds, and gains over the encoder alone, paired."""
+    """Print a table per size: means over sets and seeds, paired gains over the encoder alone."""
     sizes = sorted({int(key.split("|")[0]) for key in records}, key=lambda size: size or 10**9)
     for size in sizes:
         found = {}
