@@ -45,6 +45,8 @@ from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
 from diffaugkit.encoder_fits import has_map
 from diffaugkit.runtime import mix_seed
 
+# Vectors up to which half of the second views are generated where the share is "auto".
+_FEW_ROWS = 1_000
 _PAPER_SCHEDULE = {"vectors": (330, 330, 340), "images": (200, 400, 800)}
 
 
@@ -69,8 +71,10 @@ class DiffAugEM(TorchTransformer):
         (330, 330, 340), for images (200, 400, 800), or fewer where 1 000 full batches a phase come
         sooner (for vectors from 1 200 samples on), but at least 10. An M-step of 0 epochs is left
         out: (330, 0, 340) is the encoder alone.
-    augmentation_prob : float, default=0.1
-        lambda of the paper: share of second views that are generated.
+    augmentation_prob : float or "auto", default="auto"
+        lambda of the paper: share of second views that are generated. "auto" is 0.5 for up to 1 000
+        vectors, where generated views help most (docs/benchmarks.md, "New cells"), and for more,
+        and for images, 0.1 (the paper has 0.1 to 0.15).
     n_views : int, default=4
         Generated views kept per sample; one is picked at random each time. Fewer are made where the
         next E-step looks at fewer: `augmentation_prob` times its epochs, at least 1.
@@ -147,7 +151,7 @@ class DiffAugEM(TorchTransformer):
         "encoder": [HasMethods(["fit", "transform"]), StrOptions({"auto"})],
         "diffusion": [HasMethods(["fit", "sample"]), StrOptions({"auto"})],
         "schedule": [StrOptions({"auto"}), tuple, list],
-        "augmentation_prob": [Interval(Real, 0, 1, closed="both")],
+        "augmentation_prob": [Interval(Real, 0, 1, closed="both"), StrOptions({"auto"})],
         "n_views": [Interval(Integral, 1, None, closed="left")],
         "condition": [StrOptions({"embedding", "projection", "supervised", "random"})],
         "joint": ["boolean"],
@@ -165,7 +169,7 @@ class DiffAugEM(TorchTransformer):
         diffusion="auto",
         *,
         schedule="auto",
-        augmentation_prob=0.1,
+        augmentation_prob="auto",
         n_views=4,
         condition="embedding",
         joint=False,
@@ -232,8 +236,9 @@ class DiffAugEM(TorchTransformer):
             self.classes_ = labels[0]
         encoder = self._part(self.encoder, SelfSupervisedEncoder, seed, 0)
         diffusion = self._part(self.diffusion, EmbeddingConditionedDiffusion, seed, 1)
+        share = self._share(rows)
         if not isinstance(encoder, FrozenEstimator):
-            encoder.set_params(positives_prob=self.augmentation_prob)
+            encoder.set_params(positives_prob=share)
         self._check_frozen(encoder, diffusion)
         self._check_map(encoder, diffusion, rows.is_image)
         if not isinstance(diffusion, FrozenEstimator):
@@ -263,7 +268,8 @@ class DiffAugEM(TorchTransformer):
                     # The next E-step gives the encoder new weights; this one keeps these.
                     conditioner = copy.copy(conditioner)
                 if number + 1 < len(schedule):
-                    n_views = self._n_views(schedule[number + 1])
+                    # As many views of a row as the next E-step can be expected to look at.
+                    n_views = min(self.n_views, max(1, round(share * schedule[number + 1])))
                     views = diffusion._views(embeddings, n_views, mix_seed(seed, number))
                     positives = list(views)
             part = diffusion if phase == "M" else encoder
@@ -418,9 +424,11 @@ class DiffAugEM(TorchTransformer):
             )
         return schedule
 
-    def _n_views(self, epochs):
-        """As many views of a row as the next E-step can be expected to look at."""
-        return min(self.n_views, max(1, round(self.augmentation_prob * epochs)))
+    def _share(self, rows):
+        """Share of second views that are generated."""
+        if self.augmentation_prob != "auto":
+            return self.augmentation_prob
+        return 0.5 if not rows.is_image and len(rows) <= _FEW_ROWS else 0.1
 
     def _set_phase(self, part, phase, number, n_phases, epochs, warm=None):
         if isinstance(part, FrozenEstimator):

@@ -300,6 +300,17 @@ def test_automatic_parts(blobs):
     assert fitted.transform(blobs[0]).shape[1] == 50
 
 
+@pytest.mark.parametrize(
+    ("shape", "share"), [((60, 6), 0.5), ((3_000, 6), 0.1), ((8, 8, 8, 1), 0.1)]
+)
+def test_automatic_share_of_generated_views(shape, share):
+    X = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    X = X if len(shape) == 2 else (255 / (1 + np.exp(-X))).astype(np.uint8)
+    model = DiffAugEM(schedule=(1,), random_state=0).fit(X)
+    assert model.encoder_.positives_prob == share
+    assert model.augmentation_prob == "auto"
+
+
 def test_wrong_parts_are_refused_before_any_work(blobs):
     model = tiny(schedule=(10**6, 1, 1))
     for part in ("encoder", "diffusion"):

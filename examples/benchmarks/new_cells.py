@@ -75,16 +75,19 @@ FITS = {"PCA": fit_pca, "UMAP": fit_umap, "ours": fit_ours}
 
 def run(args, results):
     """Learn from the cells that are drawn, and judge the others."""
+    import torch
     from tqdm import tqdm
 
     from diffaugkit import CellPreprocessor
 
     results.settle("new cells", lambdas=args.lambdas)
+    n_threads = torch.get_num_threads()
     todo = [(n, s, k, m) for n in args.sizes for s in args.sets for k in args.seeds for m in FITS]
     for size, name, seed, method in tqdm(todo, unit="fit"):
         key = f"{size}|{name}|{seed}|{method}"
         if key in results.read():
             continue
+        torch.set_num_threads(n_threads)  # numba, inside UMAP, sets them to all cores
         cells = load_cells(name, args.quick)
         order = np.random.default_rng(seed).permutation(len(cells.y))
         seen, new = np.split(order, [size or len(order) // 2])
@@ -114,6 +117,8 @@ def tables(records):
             if int(n) == size:
                 for variant, scores in record.items():
                     found.setdefault(tuple(variant.split("|")), {})[name, seed] = scores
+        if (BASE, "y") not in found:
+            continue
         measures = {"svm": "SVM", "knn": "k-NN"}
         header = ["method", "dims", *measures.values()]
         header += [f"{label} against {BASE}" for label in measures.values()] + ["above it", "runs"]
