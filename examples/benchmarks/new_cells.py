@@ -24,6 +24,7 @@ import warnings
 import numpy as np
 from _common import SETS, Results, evaluate, load_cells, markdown, quick_out
 from cells import without_m_step
+from scipy.stats import sem
 from sklearn.decomposition import PCA
 from sklearn.pipeline import make_pipeline
 
@@ -130,20 +131,12 @@ def tables(records):
             )
             row = [variant, {"y": "high", "z": "2"}[space]]
             row += [f"{np.mean([scores[m] for scores in own.values()]):.2f}" for m in measures]
-            row += [f"{mean:+.2f} ± {_sem(gain):.2f}" for mean, gain in _columns(gains)]
+            row += [f"{np.mean(gain):+.2f} ± {sem(gain):.2f}" for gain in gains.T]
             row.append(" / ".join(f"{(gain > 0).sum()}" for gain in gains.T))
             rows.append([*row, len(own)])
         cells = f"{size} cells" if size else "half of the cells"
         sets = len({name for name, _ in found[BASE, "y"]})
         print(f"\n### Learned from {cells}: means over {sets} sets\n\n{markdown(header, rows)}")
-
-
-def _columns(gains):
-    return zip(gains.mean(axis=0), gains.T, strict=True)
-
-
-def _sem(values):
-    return np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def main():

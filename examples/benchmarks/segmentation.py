@@ -148,7 +148,8 @@ def run(args, results):
                     record = scores(model, *data["test"])
                     record["seconds"] = round(time.perf_counter() - clock, 1)
                     results.add(key, record)
-                    print(f"{key}: {record}")
+                    shown = (f"{k} {v:.1f}" for k, v in record.items() if v is not None)
+                    print(f"{key}: {', '.join(shown)}")
 
 
 def tables(results):
