@@ -42,11 +42,9 @@ from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X, keep_names_of_rows
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion
 from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
-from diffaugkit.encoder_fits import has_map
+from diffaugkit.encoder_fits import auto_positives_prob, has_map
 from diffaugkit.runtime import mix_seed
 
-# Vectors up to which half of the second views are generated where the share is "auto".
-_FEW_ROWS = 1_000
 _PAPER_SCHEDULE = {"vectors": (330, 330, 340), "images": (200, 400, 800)}
 
 
@@ -428,7 +426,7 @@ class DiffAugEM(TorchTransformer):
         """Share of second views that are generated."""
         if self.augmentation_prob != "auto":
             return self.augmentation_prob
-        return 0.5 if not rows.is_image and len(rows) <= _FEW_ROWS else 0.1
+        return 0.1 if rows.is_image else auto_positives_prob(len(rows))
 
     def _set_phase(self, part, phase, number, n_phases, epochs, warm=None):
         if isinstance(part, FrozenEstimator):
@@ -501,8 +499,11 @@ class DiffAugEM(TorchTransformer):
             e_loss = e_step.loss(x, neighbors, *generated)["loss"]
             cond = given
             if self.condition in ("embedding", "projection"):
+                # As it embeds outside training, which is what samples are asked for by.
+                e_step.module.eval()
                 with torch.no_grad():
                     y, z = e_step.module(x)
+                e_step.module.train()
                 cond = ((y if self.condition == "embedding" else z) - mean) / spread
             m_loss = m_step.loss(latents, cond)["loss"]
             return {"loss": e_loss + m_loss, "e_loss": e_loss, "m_loss": m_loss}

@@ -173,6 +173,11 @@ class SelfSupervisedEncoder(TorchTransformer):
     skip : bool, default=True
         Give y a linear skip from the input, the identity at the start; see
         :class:`~diffaugkit.networks.EmbeddingMLP`.
+    dropout : float or "auto", default="auto"
+        Share of the hidden units between input and y that are left out, drawn anew for each row and
+        step; of vectors. Few rows are learned by heart without it, and new rows are placed worse
+        (``docs/benchmarks.md``, "New cells"): "auto" is 0.5 for up to 1 000 rows, then falls in
+        inverse proportion, and is 0 beyond 2 500. The released code has none (0).
     n_pcs : int or None, default=20
         Principal components in front of the network; clipped to what the data have. None feeds the
         features as they are, centred and brought to one common scale.
@@ -207,7 +212,8 @@ class SelfSupervisedEncoder(TorchTransformer):
         Of ``"simclr"`` (0.5) and ``"mocov2"`` (0.2).
     positives_prob : float or "auto", default="auto"
         lambda: share of second views that come from given `positives` (Bernoulli per sample).
-        "auto" is DiffAug's 0.1 for vectors and Gen-SIS's 1.0 for images.
+        "auto" is DiffAug's 0.1 for vectors, 0.5 for up to 1 000 of them (``docs/benchmarks.md``,
+        "New cells"), and Gen-SIS's 1.0 for images.
     weight_decay : float, tuple of (float, float) or "auto", default="auto"
         Of AdamW; a pair goes from the first to the last value along a cosine, as DINO's (0.04,
         0.4), which is for long fits. "auto" is DiffAug's 1e-6 for vectors and 0.04 for images.
@@ -287,6 +293,7 @@ class SelfSupervisedEncoder(TorchTransformer):
         "n_projections": [Interval(Integral, 1, None, closed="left")],
         "hidden_sizes": [tuple, list],
         "skip": ["boolean"],
+        "dropout": [Interval(Real, 0, 1, closed="left"), StrOptions({"auto"})],
         "n_pcs": [Interval(Integral, 1, None, closed="left"), None],
         "n_neighbors": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "nu": [Interval(Real, 0, None, closed="neither")],
@@ -338,6 +345,7 @@ class SelfSupervisedEncoder(TorchTransformer):
         method_options=None,
         hidden_sizes=(256, 256),
         skip=True,
+        dropout="auto",
         n_pcs=20,
         n_neighbors="auto",
         nu=100.0,
@@ -381,6 +389,7 @@ class SelfSupervisedEncoder(TorchTransformer):
         self.method_options = method_options
         self.hidden_sizes = hidden_sizes
         self.skip = skip
+        self.dropout = dropout
         self.n_pcs = n_pcs
         self.n_neighbors = n_neighbors
         self.nu = nu
@@ -677,7 +686,7 @@ class SelfSupervisedEncoder(TorchTransformer):
         n_inputs = self.n_features_in_ if self.components_ is None else len(self.components_)
         return self._make_network(n_inputs, self.out_dim_)
 
-    def _make_network(self, n_inputs, out_dim):
+    def _make_network(self, n_inputs, out_dim, dropout=0.0):
         """Make the network for vectors."""
         method = self._method(images=False)
         width = 50 if self.n_components == "auto" else self.n_components
@@ -687,6 +696,7 @@ class SelfSupervisedEncoder(TorchTransformer):
             self.n_projections,
             hidden_sizes=tuple(self.hidden_sizes),
             skip=self.skip,
+            dropout=dropout,
             head=None if has_map(method, None) else self._make_head(method, width, out_dim),
         )
 

@@ -30,6 +30,8 @@ from diffaugkit.runtime import isolated_rng
 __all__ = ["ImageFit", "VectorFit", "auto_epochs", "linear_space", "project_rows"]
 
 _DEFAULT_NEIGHBORS = 30
+# Vectors that are few, for which the defaults hold the network back from learning them by heart.
+_FEW_ROWS = 1_000
 _ROWS_LOOKED_AT = 4_096
 # Attributes of an encoder fitted on vectors, None after a fit on images.
 _OF_VECTORS = ("mean_", "components_", "scale_")
@@ -77,9 +79,12 @@ class VectorFit:
         self.inputs = self.batches.sources[0]
         self.method = encoder._method(images=False)
         out_dim = auto_out_dim(encoder, rows, self.method)
+        dropout = auto_dropout(len(rows)) if encoder.dropout == "auto" else encoder.dropout
+        share = encoder.positives_prob
+        self.positives_prob = auto_positives_prob(len(rows)) if share == "auto" else share
         self.module = _make_objective(
             self,
-            lambda: encoder._make_network(inputs.shape[1], out_dim),
+            lambda: encoder._make_network(inputs.shape[1], out_dim, dropout),
             images=False,
             out_dim=out_dim,
         )
@@ -88,13 +93,11 @@ class VectorFit:
 
     def loss(self, x, neighbors, *generated):
         """Loss of rows (B, d), positions of their neighbours (B, k) and generated views (B, d)."""
-        encoder, n = self.encoder, len(x)
         view_a = neighbor_mixup(x, neighbors, self.inputs)
         view_b = neighbor_mixup(x, neighbors, self.inputs)
-        prob = 0.1 if encoder.positives_prob == "auto" else encoder.positives_prob
         if generated:
-            pick = torch.randint(len(generated), (n, 1), device=x.device)
-            replace = torch.rand(n, 1, device=x.device) < prob
+            pick = torch.randint(len(generated), (len(x), 1), device=x.device)
+            replace = torch.rand(len(x), 1, device=x.device) < self.positives_prob
             for number, view in enumerate(generated):
                 view_b = torch.where(replace & (pick == number), view, view_b)
         return self.module.loss([view_a, view_b])
@@ -279,6 +282,17 @@ def auto_out_dim(encoder, rows, method):
     if encoder.out_dim != "auto":
         return encoder.out_dim
     return int(min(65536, max(256, 2 ** round(math.log2(len(rows))))))
+
+
+def auto_positives_prob(n_samples):
+    """Share of second views of vectors that are generated: DiffAug's, and more where few are."""
+    return 0.5 if n_samples <= _FEW_ROWS else 0.1
+
+
+def auto_dropout(n_samples):
+    """Dropout for vectors: less for more rows, and none where it was measured to serve nothing."""
+    share = 0.5 * min(1.0, _FEW_ROWS / n_samples)
+    return share if share >= 0.2 else 0.0
 
 
 def auto_queue(n_samples):

@@ -19,6 +19,8 @@ __all__ = ["DINOHead", "EmbeddingMLP", "ImageEmbedder", "Linear", "mlp_head"]
 
 # Fewer output columns than this, and a CPU's matrix product may round a row by its place.
 _EVEN_COLUMNS = 16
+# Of what blocks beside a skip would have alone, the share with which they begin.
+_FIRST_SHARE = 0.1
 
 
 class Linear(nn.Linear):
@@ -69,6 +71,11 @@ class EmbeddingMLP(nn.Module):
         Widths of the hidden layers, of the encoder and of the head alike.
     skip : bool, default=True
         Whether y and z get their linear skips.
+    dropout : float, default=0.0
+        Share of the units of each hidden layer between input and y that are left out, drawn anew
+        for each row and step of training; the layers of the head from y to z keep all of theirs.
+        With it the blocks beside the skip also begin at a tenth of their size, and y as what the
+        skip carries: of few rows they would otherwise cover it with what holds for no other row.
     head : nn.Module or None, default=None
         Another way from y to z than the MLP to `n_low`; it has no skip.
 
@@ -87,11 +94,17 @@ class EmbeddingMLP(nn.Module):
         n_low=2,
         hidden_sizes=(500, 500),
         skip=True,
+        dropout=0.0,
         head=None,
     ):
         super().__init__()
         self.n_components = n_components
         self.backbone = _blocks(n_features, *hidden_sizes, n_components)
+        if dropout > 0:
+            for block in self.backbone[:-1]:
+                block.append(nn.Dropout(dropout))
+            if skip:
+                nn.init.constant_(self.backbone[-1][-1].weight, _FIRST_SHARE)
         self.head, low_skip = head, skip and head is None
         if head is None:
             last = hidden_sizes[-1] if hidden_sizes else n_components
@@ -103,7 +116,7 @@ class EmbeddingMLP(nn.Module):
         if low_skip:
             nn.init.eye_(self.low_skip.weight)
             with torch.no_grad():
-                self.head[-1].weight.mul_(0.1)
+                self.head[-1].weight.mul_(_FIRST_SHARE)
                 self.head[-1].bias.zero_()
 
     def embed(self, x):

@@ -451,6 +451,27 @@ def test_embedders():
     assert torch.equal(z, mlp.head(y))
 
 
+@pytest.mark.parametrize(("dropout", "share"), [(0.0, 1.0), (0.3, 0.1)])
+def test_with_dropout_y_begins_near_what_the_skip_carries(dropout, share):
+    network = seeded(EmbeddingMLP, 6, 4, hidden_sizes=(32,), dropout=dropout).train()
+    x = torch.randn(64, 6)
+    added = (network.embed(x) - x[:, :4]).detach().numpy()
+    np.testing.assert_allclose(added.std(0), share, rtol=1e-3)
+
+
+def test_dropout_is_of_the_hidden_layers_before_y_and_of_training():
+    sizes = {"n_features": 6, "n_components": 4, "hidden_sizes": (200, 200)}
+    network, x = seeded(EmbeddingMLP, **sizes, dropout=0.25).train(), torch.randn(64, 6)
+    hidden = network.backbone[0](x)
+    assert (hidden == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    y, other = network.embed(x), network.embed(x)
+    assert not torch.equal(y, other)
+    assert torch.equal(network.head(y), network.head(y))
+    plain = EmbeddingMLP(**sizes)
+    plain.load_state_dict(network.state_dict())
+    assert torch.equal(plain.eval()(x)[1], network.eval()(x)[1])
+
+
 # ---- weights from files --------------------------------------------------------------------------
 
 
