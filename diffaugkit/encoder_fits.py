@@ -30,8 +30,8 @@ from diffaugkit.runtime import isolated_rng
 __all__ = ["ImageFit", "VectorFit", "auto_epochs", "linear_space", "project_rows"]
 
 _DEFAULT_NEIGHBORS = 30
-# Vectors that are few, for which the defaults hold the network back from learning them by heart.
-_FEW_ROWS = 1_000
+# Vectors that are few, for which the defaults hold networks back from learning them by heart.
+FEW_ROWS = 1_000
 _ROWS_LOOKED_AT = 4_096
 # Attributes of an encoder fitted on vectors, None after a fit on images.
 _OF_VECTORS = ("mean_", "components_", "scale_")
@@ -286,12 +286,12 @@ def auto_out_dim(encoder, rows, method):
 
 def auto_positives_prob(n_samples):
     """Share of second views of vectors that are generated: DiffAug's, and more where few are."""
-    return 0.5 if n_samples <= _FEW_ROWS else 0.1
+    return 0.5 if n_samples <= FEW_ROWS else 0.1
 
 
 def auto_dropout(n_samples):
     """Dropout for vectors: less for more rows, and none where it was measured to serve nothing."""
-    share = 0.5 * min(1.0, _FEW_ROWS / n_samples)
+    share = 0.5 * min(1.0, FEW_ROWS / n_samples)
     return share if share >= 0.2 else 0.0
 
 

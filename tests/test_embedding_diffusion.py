@@ -14,7 +14,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from torch import nn
 
-from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder, SelfSupervisedEncoder
+from diffaugkit import (
+    EmbeddingConditionedDiffusion,
+    LatentAutoencoder,
+    SelfSupervisedEncoder,
+    load,
+)
 from diffaugkit import embedding_diffusion as diffusion_file
 from diffaugkit.diffusion import BETA_SCHEDULES, PREDICTION_TYPES, SAMPLERS, WEIGHTINGS
 from diffaugkit.embedding_diffusion import interpolate_rows
@@ -598,3 +603,24 @@ def test_integers_are_interpolated_too(kind):
     a, b = np.array([[4, 0]]), np.array([[0, 4]])
     middle = interpolate_rows(a, b, 0.5, kind)
     np.testing.assert_allclose(middle, interpolate_rows(a * 1.0, b * 1.0, 0.5, kind), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "width", "noise"),
+    [((60, 6), 9, 0.3), ((60, 6), 3, 0.0), ((1_001, 6), 9, 0.0), ((8, 8, 8, 1), 9, 0.0)],
+)
+def test_few_vectors_are_generated_from_a_blurred_condition(shape, width, noise, tmp_path):
+    X = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    X = X if len(shape) == 2 else (255 / (1 + np.exp(-X))).astype(np.uint8)
+    given = np.random.default_rng(1).normal(size=(len(X), width)).astype(np.float32)
+    size = {"width": 16} if len(shape) == 2 else {"block_out_channels": (8, 8)}
+    options = {"max_epochs": 4, "n_sampling_steps": 2, "random_state": 0, **size}
+    auto = EmbeddingConditionedDiffusion(**options).fit(X, embeddings=given)
+    same = clone(auto).set_params(condition_noise=noise).fit(X, embeddings=given)
+    samples = same.sample(given[:5])
+    np.testing.assert_array_equal(auto.sample(given[:5]), samples)
+    auto.save(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.sample(given[:5]), samples)
+    other = same.set_params(condition_noise=0.8).sample(given[:5])
+    assert not np.array_equal(other, samples)
