@@ -915,12 +915,8 @@ class _Fit:
             self.condition = {
                 "mean": mean.astype(np.float32),
                 "std": spread.astype(np.float32),
-                "noise": estimator.condition_noise,
+                "noise": self._condition_noise(rows, embeddings.shape[-1]),
             }
-            if estimator.condition_noise == "auto":
-                few = not self.is_image and len(rows) <= FEW_ROWS
-                wide = embeddings.shape[-1] >= _FEWEST_DIRECTIONS  # else it blurs what is there
-                self.condition["noise"] = _NOISE_FOR_FEW if few and wide else 0.0
             self.picked = np.sort(np.random.default_rng(seed).permutation(len(rows))[:_POOL])
             self.pool = embeddings[self.picked]
             embeddings = standardise(embeddings, self.condition)
@@ -943,6 +939,13 @@ class _Fit:
             seed=estimator._child_seed(seed, 2),
             device=device,
         )
+
+    def _condition_noise(self, rows, width):
+        if self.estimator.condition_noise != "auto":
+            return self.estimator.condition_noise
+        # In few dimensions the noise would change the kind: too little repeats what it hides.
+        few = not self.is_image and len(rows) <= FEW_ROWS and width >= _FEWEST_DIRECTIONS
+        return _NOISE_FOR_FEW if few else 0.0
 
     def _make_space(self, rows):
         """Space, fitted autoencoder or None, and what is kept of the images."""

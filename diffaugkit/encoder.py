@@ -687,7 +687,7 @@ class SelfSupervisedEncoder(TorchTransformer):
         return self._make_network(n_inputs, self.out_dim_)
 
     def _make_network(self, n_inputs, out_dim, dropout=0.0):
-        """Make the network for vectors."""
+        """Make the network for vectors; dropout is for a fit, what is loaded only embeds."""
         method = self._method(images=False)
         width = 50 if self.n_components == "auto" else self.n_components
         return EmbeddingMLP(
