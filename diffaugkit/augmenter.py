@@ -658,14 +658,12 @@ def _with_encoder(model):
                 "A DiffAugEM generates for labels with condition='embedding' and an M-step only, "
                 f"but has condition={model.condition!r} and schedule={model.schedule!r}."
             )
-        encoder = model._listened_to()
     elif isinstance(model, GenSIS):
         check_is_fitted(model, "encoder_")
-        encoder = model.vanilla_encoder_
     else:
         return model
     generator = copy.copy(getattr(model.diffusion_, "estimator", model.diffusion_))
-    generator.encoder_ = encoder
+    generator.encoder_ = model._listened_to()
     return generator.set_params(
         **{name: getattr(model, name) for name in ("layer", "image_shape") if hasattr(model, name)}
     )

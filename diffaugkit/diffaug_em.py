@@ -40,7 +40,11 @@ from diffaugkit.base import (
 )
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X, keep_names_of_rows
-from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion
+from diffaugkit.embedding_diffusion import (
+    EmbeddingConditionedDiffusion,
+    conditioning_encoder,
+    embed_rows,
+)
 from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
 from diffaugkit.encoder_fits import auto_positives_prob, has_map
 from diffaugkit.runtime import mix_seed
@@ -447,16 +451,16 @@ class DiffAugEM(TorchTransformer):
             part.set_params(warm_start=False)
         vars(part).pop("_description", None)
 
-    @staticmethod
-    def _conditioner(encoder, diffusion):
-        """Find the encoder that the generator listens to: a frozen one keeps its own."""
-        own = diffusion.encoder_ if isinstance(diffusion, FrozenEstimator) else None
-        return encoder if own is None else own
+    def _conditioner(self, encoder, diffusion):
+        """Find the encoder that the generator listens to."""
+        if self.condition in ("supervised", "random"):
+            return encoder  # to neither its embeddings nor those of another
+        return conditioning_encoder(encoder, diffusion)
 
     def _condition(self, encoder, rows, labels, seed):
         """Give what the generator sees of each row, (n, E)."""
         if self.condition == "embedding":
-            return np.asarray(encoder.transform(rows))  # set_output may make a DataFrame of it
+            return embed_rows(encoder, rows)
         if self.condition == "projection":
             return encoder.project(rows)
         if self.condition == "supervised":

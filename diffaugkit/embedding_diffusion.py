@@ -632,8 +632,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
                 "This model has no encoder of its own: it was fitted on given embeddings or with "
                 "encoder=None. Embed X yourself and call sample(embeddings)."
             )
-        # set_output may make a DataFrame of it.
-        return np.asarray(self.encoder_.transform(_as_given(self.encoder_, rows)))
+        return embed_rows(self.encoder_, rows)
 
     def _size(self, name, is_image):
         value = getattr(self, name)
@@ -1034,6 +1033,12 @@ def _as_given(encoder, rows):
     return from_unit(to_unit(rows[:], rows.pixel_range), rows.pixel_range, rows.layout)
 
 
+def embed_rows(encoder, rows):
+    """Embed Rows with an encoder of any make."""
+    # set_output may make a DataFrame of it.
+    return np.asarray(encoder.transform(_as_given(encoder, rows)))
+
+
 def _channels_last(module):
     if isinstance(module, UNetDenoiser):
         module.to(memory_format=torch.channels_last)
@@ -1063,6 +1068,19 @@ def standardise(embeddings, condition):
             f"embeddings have {found} features, but the model was fitted on {expected}."
         )
     return ((embeddings - condition["mean"]) / condition["std"]).astype(np.float32)
+
+
+def conditioning_encoder(encoder, diffusion):
+    """Find the encoder whose embeddings a diffusion model knows: a frozen one keeps its own."""
+    if not isinstance(diffusion, FrozenEstimator):
+        return encoder
+    if diffusion.encoder_ is None and not isinstance(encoder, FrozenEstimator):
+        raise ValueError(
+            "The frozen diffusion was fitted on given embeddings, which an encoder that is yet to "
+            "learn does not make: give the encoder that made them as "
+            "encoder=FrozenEstimator(encoder), or fit the diffusion with that as its encoder."
+        )
+    return encoder if diffusion.encoder_ is None else diffusion.encoder_
 
 
 def interpolate_rows(a, b, alpha, kind="slerp"):

@@ -40,6 +40,8 @@ from diffaugkit.data import check_X
 from diffaugkit.embedding_diffusion import (
     EmbeddingConditionedDiffusion,
     call_seed,
+    conditioning_encoder,
+    embed_rows,
     interpolate_rows,
 )
 from diffaugkit.encoder import SelfSupervisedEncoder
@@ -73,7 +75,8 @@ class GenSIS(TorchTransformer):
         and a clone of what is inside learns anew.
     diffusion : "auto" or estimator, default="auto"
         An :class:`~diffaugkit.EmbeddingConditionedDiffusion` to be cloned and fitted on the vanilla
-        embeddings; a frozen one, conditioned on embeddings of the same encoder, is used as it is.
+        embeddings; a frozen one is used as it is, under embeddings of the encoder that it was
+        fitted with (of one that was fitted on given embeddings, `encoder` must be frozen too).
     n_views : int, default=4
         Generated images per image, one of which is picked at random each time; the paper's for
         natural images (1 for tissue). 0 trains on interpolations alone.
@@ -109,7 +112,8 @@ class GenSIS(TorchTransformer):
     vanilla_encoder_ : SelfSupervisedEncoder
         The first encoder; also the baseline to compare with.
     diffusion_ : EmbeddingConditionedDiffusion
-        The generator, conditioned on embeddings of ``vanilla_encoder_``.
+        The generator, conditioned on embeddings of ``vanilla_encoder_``, or of its own encoder
+        where it was frozen and has one.
     encoder_ : SelfSupervisedEncoder
         The encoder that learned from generated images.
     history_ : DataFrame
@@ -249,6 +253,7 @@ class GenSIS(TorchTransformer):
             diffusion._check_parts(rows, conditional=True)
         elif isinstance(diffusion, FrozenEstimator):
             self._check_frozen(diffusion.estimator, rows)
+        conditioner = conditioning_encoder(vanilla, diffusion)
         rng = np.random.default_rng(mix_seed(seed, _INTERPOLATIONS))
         alphas = rng.choice(alphas, size=len(rows)).astype(np.float32)
         pairs = (partners, alphas) if interpolates else None
@@ -260,7 +265,7 @@ class GenSIS(TorchTransformer):
         # Stage 1: hand-made views alone.
         if not isinstance(vanilla, FrozenEstimator):
             vanilla.fit(rows)
-        embeddings = vanilla.transform(rows)
+        embeddings = embed_rows(conditioner, rows)
 
         # Stage 2: images from embeddings.
         if not isinstance(diffusion, FrozenEstimator):
@@ -323,9 +328,8 @@ class GenSIS(TorchTransformer):
         """
         check_is_fitted(self, "encoder_")
         rows = self._check_input(X, reset=False)
-        return self.diffusion_._augment(
-            rows, self.vanilla_encoder_.transform(rows), n_per_sample, strength, random_state
-        )
+        conditions = embed_rows(self._listened_to(), rows)
+        return self.diffusion_._augment(rows, conditions, n_per_sample, strength, random_state)
 
     def interpolate(self, X_a, X_b, alpha=0.5, *, kind="slerp", random_state=None):
         """Generate images between two sets of images.
@@ -348,12 +352,14 @@ class GenSIS(TorchTransformer):
         """
         check_is_fitted(self, "encoder_")
         ends = (self._check_input(X, reset=False) for X in (X_a, X_b))
-        between = interpolate_rows(*map(self.vanilla_encoder_.transform, ends), alpha, kind)
+        ends = (embed_rows(self._listened_to(), rows) for rows in ends)
+        between = interpolate_rows(*ends, alpha, kind)
         return self.diffusion_.sample(between, random_state=random_state)
 
     def quality_report(self, X, labels=None, *, random_state=0):
-        """Compare one generated image per image of `X` with `X`, in the vanilla embedding.
+        """Compare one generated image per image of `X` with `X`.
 
+        In the vanilla embedding, or in that of the own encoder of a frozen generator.
         Of many images 2 000 are drawn, for which others are generated.
 
         Parameters
@@ -374,17 +380,17 @@ class GenSIS(TorchTransformer):
         rows = self._check_input(X, reset=False)
         if labels is not None:  # refused before all is generated
             check_labels(labels, n=len(rows), name="labels")
-        real = self.vanilla_encoder_.transform(rows)
+        encoder = self._listened_to()
+        real = embed_rows(encoder, rows)
         seed = call_seed(random_state, 0)
         source = report_rows(len(rows), seed)
-        made = self.diffusion_.sample(np.asarray(real)[source], random_state=seed)
-        return quality_report(
-            real,
-            self.vanilla_encoder_.transform(made),
-            source,
-            labels=labels,
-            random_state=seed,
-        )
+        made = self.diffusion_.sample(real[source], random_state=seed)
+        made = embed_rows(encoder, self._check_input(made, reset=False))
+        return quality_report(real, made, source, labels=labels, random_state=seed)
+
+    def _listened_to(self):
+        """Give the encoder whose embeddings the generator knows."""
+        return conditioning_encoder(self.vanilla_encoder_, self.diffusion_)
 
     # ---- stages ----------------------------------------------------------------------------------
 

@@ -362,12 +362,15 @@ def test_frozen_diffusion_keeps_its_own_condition(blobs, tmp_path):
     model.save(tmp_path / "model")
     loaded = diffaugkit.load(tmp_path / "model")
     np.testing.assert_array_equal(loaded.augment(X), model.augment(X))
-    # One that was fitted on given embeddings has no encoder: theirs must fit.
+    # One that was fitted on given embeddings has no encoder: that must be given too.
     given = tiny_diffusion(max_epochs=2).fit(X, embeddings=X[:, :4])
-    assert tiny(diffusion=FrozenEstimator(given)).fit(X).augment(X).shape == X.shape
-    other = tiny_diffusion(max_epochs=1).fit(X, embeddings=X[:, :7])
-    with pytest.raises(ValueError, match="4 features, but the model was fitted on 7"):
-        tiny(diffusion=FrozenEstimator(other)).fit(X)
+    with pytest.raises(ValueError, match=r"give the encoder that made them as .*FrozenEstimator"):
+        tiny(diffusion=FrozenEstimator(given)).fit(X)
+    random = tiny(diffusion=FrozenEstimator(given), condition="random")
+    assert random.fit(X).augment(X).shape == X.shape
+    other = FrozenEstimator(PCA(7).fit(X))
+    with pytest.raises(ValueError, match="7 features, but the model was fitted on 4"):
+        tiny(encoder=other, diffusion=FrozenEstimator(given)).fit(X).augment(X)
 
 
 @pytest.mark.parametrize("options", [{}, {"joint": True}])

@@ -196,6 +196,27 @@ def test_a_frozen_diffusion_of_other_images_is_refused_before_any_work(X, fitted
     refused(tiny_diffusion(), X, "not fitted", NotFittedError)
 
 
+def test_a_frozen_diffusion_listens_to_its_own_encoder(X, recorded, tmp_path):
+    encoder = tiny_encoder(random_state=7)  # as wide as the vanilla one, which is another
+    own = tiny_diffusion(random_state=0).set_params(encoder=encoder).fit(X)
+    known = own.encoder_.transform(X)
+    model = tiny(diffusion=FrozenEstimator(own)).fit(X)
+    assert not np.allclose(model.vanilla_encoder_.transform(X), known)
+    np.testing.assert_array_equal(recorded["sample"][0], known)
+    np.testing.assert_array_equal(model.augment(X), own.augment(X))
+    np.testing.assert_array_equal(
+        model.interpolate(X[:4], X[4:8], 0.3), own.interpolate(X[:4], X[4:8], 0.3)
+    )
+    assert model.quality_report(X).to_frame().equals(own.quality_report(X).to_frame())
+
+
+def test_a_diffusion_of_given_embeddings_needs_a_frozen_encoder(X, fitted, recorded):
+    # Its embeddings were as wide as those that the diffusion knows, and meant something else.
+    with pytest.raises(ValueError, match=r"give the encoder that made them as .*FrozenEstimator"):
+        tiny(diffusion=FrozenEstimator(fitted.diffusion_)).fit(X)
+    assert recorded == {"fit": [], "sample": []}
+
+
 def test_a_frozen_diffusion_may_have_another_layout(X, fitted):
     tensors = torch.from_numpy(X).permute(0, 3, 1, 2)
     embeddings = fitted.vanilla_encoder_.transform(X)
@@ -313,7 +334,8 @@ def test_a_killed_fit_goes_on(X, tmp_path, monkeypatch, recorded):
 
 def test_a_store_of_other_samples_is_refused(X, fitted, tmp_path):
     generator = copy.deepcopy(fitted.diffusion_)
-    options = {"diffusion": FrozenEstimator(generator), "store_dir": tmp_path}
+    frozen = FrozenEstimator(fitted.vanilla_encoder_)
+    options = {"encoder": frozen, "diffusion": FrozenEstimator(generator), "store_dir": tmp_path}
     tiny(**options).fit(X)
     tiny(**options).fit(X)
     for changed in ({"condition_noise": 5.0}, {"clip_sample": False}, {"n_sampling_steps": 3}):
