@@ -3,8 +3,8 @@
 Reading order of the files, each of which imports only from those before it:
 
 losses, segmentation_losses, arrays, metrics, rows, image_rows, image_files, image_inputs, data,
-datasets, decomposition, augmentations, networks, objectives, denoisers, diffusion, persistence,
-runtime, batches, training, base, preprocessing, autoencoder, encoder_fits, encoder, spaces,
+datasets, decomposition, runtime, augmentations, networks, objectives, denoisers, diffusion,
+persistence, batches, training, base, preprocessing, autoencoder, encoder_fits, encoder, spaces,
 embedding_diffusion, diffaug_em, image_store, gen_sis, resampling, augmenter, histo_networks,
 histo_augmenter, segmentation_data, segmentation_networks, segmentation_tiles, pretrained_unet,
 segmenter, detection_boxes, detection_head, detector, zero_shot_segmenter, mil, slides, tissue,

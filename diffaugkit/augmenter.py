@@ -56,7 +56,7 @@ from diffaugkit.resampling import (
     take_like,
 )
 from diffaugkit.rows import DenseRows
-from diffaugkit.runtime import mix_seed
+from diffaugkit.runtime import mix_seed, progress_bar
 from diffaugkit.spaces import CopySpace
 
 _STRATEGIES = {"auto", "minority", "not minority", "not majority", "all"}
@@ -516,8 +516,6 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
 
     def _generate(self, views, targets, plans, wanted):
         """Generate, check and replace, until each class has what it wants or its attempts end."""
-        from tqdm.auto import tqdm
-
         counts = {
             name: {"candidates": 0, "low_confidence": 0, "copies": 0, "accepted": 0}
             for name in wanted
@@ -537,17 +535,12 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
             made, spots, features = views.generate(
                 source, partner, alpha, seed, self.interpolation, self.strength
             )
-            steps = tqdm(
-                list(gen_batches(len(spots), 4096)),
-                desc="judging",
-                unit="batch",
-                disable=not self.verbose,
-                leave=False,
-            )
-            judged = [
-                (judge.confidence(features[i], source[i], partner[i]), judge.copy_ratio(spots[i]))
-                for i in steps
-            ]
+            judged = []
+            with progress_bar(self.verbose, len(spots), "judging", "row", leave=False) as bar:
+                for i in gen_batches(len(spots), 4096):
+                    confidence = judge.confidence(features[i], source[i], partner[i])
+                    judged.append((confidence, judge.copy_ratio(spots[i])))
+                    bar.update(i.stop - i.start)
             confidence, ratio = (np.concatenate(part) for part in zip(*judged, strict=True))
             doubtful = confidence < (self.min_confidence or 0)
             copied = ~doubtful & (ratio < (self.min_copy_ratio or 0))

@@ -64,7 +64,7 @@ from diffaugkit.metrics import quality_report
 from diffaugkit.metrics.checks import check_labels
 from diffaugkit.metrics.quality import report_rows
 from diffaugkit.rows import DenseRows, MappedRows
-from diffaugkit.runtime import isolated_rng, mix_seed, resolve_precision
+from diffaugkit.runtime import isolated_rng, mix_seed, progress_bar, resolve_precision
 from diffaugkit.spaces import ComponentSpace, CopySpace, LatentSpace, PixelSpace, space_from_state
 
 # Embeddings of training rows that are kept, so that ``sample(n)`` has conditions to draw from.
@@ -825,8 +825,6 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
 
     def _sample_latents(self, embeddings, n, seed, rows=None, strength=1.0):
         """Draw samples inside the space; row i draws from its own stream whatever n is."""
-        from tqdm.auto import tqdm
-
         device = self._device()
         module, diffusion = self.module_.to(device).eval(), self._diffusion()
         if device.type == "cuda":
@@ -870,14 +868,10 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
 
         steps = len(diffusion.timesteps(n_steps, strength))
         with ExitStack() as stack:
+            total = math.ceil(n / batch_size) * steps
+            description = f"{getattr(self, '_description', '')} sampling".strip()
             bar = stack.enter_context(
-                tqdm(
-                    total=math.ceil(n / batch_size) * steps,
-                    desc=f"{getattr(self, '_description', '')} sampling".strip(),
-                    unit="step",
-                    disable=not self.verbose,
-                    leave=False,
-                )
+                progress_bar(self.verbose, total, description, "step", leave=False)
             )
             if is_image and resolve_precision(self.precision, device, module) == "bf16":
                 # One for all steps, as it keeps the weights that it has cast.

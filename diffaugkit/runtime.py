@@ -16,6 +16,7 @@ __all__ = [
     "isolated_rng",
     "mix_seed",
     "process_rank",
+    "progress_bar",
     "reduced_precision",
     "resolve_device",
     "resolve_precision",
@@ -380,6 +381,16 @@ def process_rank():
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def progress_bar(verbose, total, description, unit, *, leave=True):
+    """Open a progress bar; of processes that train together the first one shows it."""
+    from tqdm.auto import tqdm
+
+    # The launcher tells the rank before the processes have met.
+    rank = process_rank()[0] or int(os.environ.get("RANK", "0"))
+    silent = not verbose or rank > 0
+    return tqdm(total=total, desc=description, unit=unit, disable=silent, leave=leave)
 
 
 class _Alone:

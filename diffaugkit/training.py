@@ -37,6 +37,7 @@ from diffaugkit.runtime import (
     all_processes,
     isolated_rng,
     mix_seed,
+    progress_bar,
     reduced_precision,
     resolve_device,
     resolve_precision,
@@ -312,7 +313,7 @@ def fit_loop(
             module.compile()
         stack.enter_context(reduced_precision(module, precision, device))
         bar = stack.enter_context(
-            _bar(verbose, processes.rank, max_epochs * steps_per_epoch, description)
+            progress_bar(verbose, max_epochs * steps_per_epoch, description, "batch")
         )
         bar.update(state.epoch * steps_per_epoch + state.batch)
         cores = SharedCores(device)
@@ -455,14 +456,6 @@ def _clip(parameters, most, *, each):
     gradients = [p.grad for p in parameters if p.grad is not None]
     factors = [(most / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(gradients)]
     torch._foreach_mul_(gradients, factors)
-
-
-@contextlib.contextmanager
-def _bar(verbose, rank, total, description):
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=description, unit="batch", disable=not verbose or rank > 0) as bar:
-        yield bar
 
 
 def _asks_to_stop(answer):

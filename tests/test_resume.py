@@ -278,14 +278,16 @@ def test_parts_resume_on_their_own(tmp_path, kind):
 # ---- two processes -------------------------------------------------------------------------------
 
 TOGETHER = """
-    import os, sys
+    import contextlib, os, sys
     sys.path.insert(0, {tests!r})
     import numpy as np
     import test_resume as t
 
     for name in ("em", "joint"):
-        options = {{"device": "cpu", "schedule": (3, 3, 3), "joint": name == "joint"}}
-        fitted = t.model(**options).fit(t.data())
+        options = {{"device": "cpu", "schedule": (3, 3, 3), "joint": name == "joint", "verbose": 1}}
+        bars = open(os.path.join({base!r}, name + os.environ["RANK"] + ".bars"), "w")
+        with bars, contextlib.redirect_stderr(bars):
+            fitted = t.model(**options).fit(t.data())
         np.savez(os.path.join({base!r}, name + os.environ["RANK"]), **t.outcome(fitted))
         if os.environ["RANK"] == "0":
             fitted.save(os.path.join({base!r}, name))
@@ -308,6 +310,9 @@ def test_two_processes_give_one_model(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("em", "joint"):
+        shown = (tmp_path / f"{name}0.bars").read_text()
+        assert all(bar in shown for bar in ("neighbors", "-step", "sampling"))
+        assert not (tmp_path / f"{name}1.bars").read_text()
         first, second = (dict(np.load(tmp_path / f"{name}{rank}.npz")) for rank in (0, 1))
         assert_same(first, second)
         loaded = diffaugkit.load(tmp_path / name)
