@@ -435,15 +435,8 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
 
     def _wanted(self, targets):
         """Numbers of generated samples by class."""
-        if self.sampling_strategy is None:
-            sizes = targets.sizes()
-            return {name: round(self.ratio * size) for name, size in sizes.items()}
-        if targets.codes is None:
-            raise ValueError(
-                "Multilabel and multioutput targets have no classes to balance: take "
-                "sampling_strategy=None, and ratio for the number of samples."
-            )
-        return count_wanted(self.sampling_strategy, targets, replace_real=self.replace_real)
+        options = {"ratio": self.ratio, "replace_real": self.replace_real}
+        return count_wanted(self.sampling_strategy, targets, **options)
 
     def _resample(self, X, y, groups, depth):
         import pandas as pd

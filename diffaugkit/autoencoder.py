@@ -44,6 +44,7 @@ from diffaugkit.diffusion import sample_in_batches
 from diffaugkit.image_inputs import check_is_image
 from diffaugkit.image_rows import from_unit, to_unit
 from diffaugkit.runtime import isolated_rng
+from diffaugkit.training import auto_epochs
 
 __all__ = ["LatentAutoencoder", "PatchDiscriminator", "adaptive_weight"]
 
@@ -251,9 +252,9 @@ class LatentAutoencoder(TorchTransformer):
         with isolated_rng(self._child_seed(seed, 0)):
             networks = self._start(rows)
         steps = -(-len(rows) // min(self.batch_size, len(rows)))
-        max_epochs = self.max_epochs
-        if max_epochs == "auto":
-            max_epochs = max(10, min(300, -(-4_000 // steps))) if self.pretrained is None else 0
+        max_epochs = 0
+        if self.max_epochs != "auto" or self.pretrained is None:
+            max_epochs = auto_epochs(self.max_epochs, steps, paper=300, most_steps=4_000)
         if not max_epochs and self.pretrained is None:
             raise ValueError(
                 "max_epochs=0 keeps the weights of pretrained=, but there are none: random weights "

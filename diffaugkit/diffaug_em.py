@@ -45,9 +45,10 @@ from diffaugkit.embedding_diffusion import (
     conditioning_encoder,
     embed_rows,
 )
-from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
+from diffaugkit.encoder import SelfSupervisedEncoder
 from diffaugkit.encoder_fits import auto_positives_prob, has_map
 from diffaugkit.runtime import mix_seed
+from diffaugkit.training import auto_epochs
 
 _PAPER_SCHEDULE = {"vectors": (330, 330, 340), "images": (200, 400, 800)}
 

@@ -57,7 +57,7 @@ from diffaugkit.diffusion import (
     RowNoise,
     sample_in_batches,
 )
-from diffaugkit.encoder import SelfSupervisedEncoder, auto_epochs
+from diffaugkit.encoder import SelfSupervisedEncoder
 from diffaugkit.encoder_fits import FEW_ROWS
 from diffaugkit.image_rows import ImageRows, from_unit, to_unit
 from diffaugkit.metrics import quality_report
@@ -66,6 +66,7 @@ from diffaugkit.metrics.quality import report_rows
 from diffaugkit.rows import DenseRows, MappedRows
 from diffaugkit.runtime import isolated_rng, mix_seed, progress_bar, resolve_precision
 from diffaugkit.spaces import ComponentSpace, CopySpace, LatentSpace, PixelSpace, space_from_state
+from diffaugkit.training import auto_epochs
 
 # Embeddings of training rows that are kept, so that ``sample(n)`` has conditions to draw from.
 _POOL = 4_096

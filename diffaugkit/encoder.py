@@ -38,7 +38,6 @@ from diffaugkit.diffusion import sample_in_batches
 from diffaugkit.encoder_fits import (
     ImageFit,
     VectorFit,
-    auto_epochs,
     auto_queue,
     has_map,
     linear_space,
@@ -67,8 +66,9 @@ from diffaugkit.objectives import (
     SimSiamObjective,
     SoftContrastiveObjective,
 )
+from diffaugkit.training import auto_epochs
 
-__all__ = ["SelfSupervisedEncoder", "auto_epochs", "linear_space", "project_rows"]
+__all__ = ["SelfSupervisedEncoder", "linear_space", "project_rows"]
 
 _LEAST_SPREAD = 0.1
 _FEW_ROWS = 10

@@ -27,7 +27,7 @@ from diffaugkit.networks import feature_width, patch_size
 from diffaugkit.rows import DenseRows, MappedRows
 from diffaugkit.runtime import isolated_rng
 
-__all__ = ["ImageFit", "VectorFit", "auto_epochs", "linear_space", "project_rows"]
+__all__ = ["ImageFit", "VectorFit", "linear_space", "project_rows"]
 
 _DEFAULT_NEIGHBORS = 30
 # Vectors that are few, for which the defaults hold networks back from learning them by heart.
@@ -363,13 +363,6 @@ def _aligned_images(images, name, rows, encoder):
             "generated image per image of X."
         )
     return images
-
-
-def auto_epochs(max_epochs, steps_per_epoch, *, paper=330, most_steps=1_000):
-    """Epochs of a phase: the paper's, or as many as make `most_steps` batches, at least 10."""
-    if max_epochs != "auto":
-        return max_epochs
-    return max(10, min(paper, -(-most_steps // steps_per_epoch)))
 
 
 def _copy_weights(source, module):

@@ -48,7 +48,6 @@ from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.diffusion import SAMPLERS, sample_in_batches
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, _as_given, call_seed
-from diffaugkit.encoder_fits import auto_epochs
 from diffaugkit.histo_networks import DecoderOf, GuidedDenoiser, LatentClassifier
 from diffaugkit.image_rows import ImageRows, from_unit, to_unit
 from diffaugkit.metrics import NEAR_COPY, QualityReport, copy_ratio, nearest_training_samples
@@ -63,6 +62,7 @@ from diffaugkit.resampling import (
 from diffaugkit.rows import DenseRows
 from diffaugkit.runtime import isolated_rng, mix_seed
 from diffaugkit.spaces import CopySpace, space_from_state
+from diffaugkit.training import auto_epochs
 
 __all__ = ["HistoDiffusionAugmenter"]
 
@@ -541,11 +541,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         classes = np.asarray(targets.classes)[present]
         if len(classes) < 2:
             raise ValueError(f"y has one class, {classes.tolist()}, but at least two are needed.")
-        if self.sampling_strategy is not None:
-            wanted = count_wanted(self.sampling_strategy, targets)
-        else:
-            wanted = {name: round(self.ratio * size) for name, size in targets.sizes().items()}
-        return classes, codes, wanted
+        return classes, codes, count_wanted(self.sampling_strategy, targets, ratio=self.ratio)
 
     def _pretrain(self, X, codes, unlabeled, seed):
         """Give the generator, its rows of `X`, and those of the pool or None.

@@ -35,11 +35,11 @@ from diffaugkit.base import (
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.diffusion import sample_in_batches
-from diffaugkit.encoder_fits import auto_epochs
 from diffaugkit.networks import Linear
 from diffaugkit.persistence import fingerprint
 from diffaugkit.rows import Rows
 from diffaugkit.runtime import isolated_rng
+from diffaugkit.training import auto_epochs
 
 __all__ = ["AttentionMILClassifier", "BagNetwork"]
 

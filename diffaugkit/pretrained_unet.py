@@ -23,7 +23,6 @@ from diffaugkit.data import check_X
 from diffaugkit.denoisers import UNetDenoiser, unet_size
 from diffaugkit.diffusion import WEIGHTINGS, Diffusion
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion
-from diffaugkit.encoder_fits import auto_epochs
 from diffaugkit.image_files import list_images
 from diffaugkit.image_inputs import check_is_image, reading_range
 from diffaugkit.image_rows import to_unit
@@ -31,6 +30,7 @@ from diffaugkit.persistence import fingerprint
 from diffaugkit.runtime import isolated_rng
 from diffaugkit.segmentation_data import ImageList, PatchRows, erase_boxes, swap_cells, vary_pairs
 from diffaugkit.segmentation_networks import AttentionUNet
+from diffaugkit.training import auto_epochs
 
 __all__ = ["PretrainedUNet"]
 

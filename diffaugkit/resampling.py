@@ -201,15 +201,18 @@ def read_targets(y):
     return Targets(codes[:, None] == np.arange(len(classes)), codes, classes.tolist())
 
 
-def count_wanted(sampling_strategy, targets, *, replace_real=False):
+def count_wanted(sampling_strategy, targets, *, ratio=1.0, replace_real=False):
     """Count the samples to add to each class, by the rules of imbalanced-learn's over-sampling.
 
     Parameters
     ----------
-    sampling_strategy : str, float, dict, list or callable
+    sampling_strategy : str, float, dict, list, callable or None
         As of :class:`~diffaugkit.GenerativeAugmenter`; a callable gets the class of each sample.
+        None adds `ratio` to each.
     targets : Targets
         Classes.
+    ratio : float, default=1.0
+        Added samples per real one of a class.
     replace_real : bool, default=False
         Whether the real samples go, so that the wanted sizes are those of the generated ones.
 
@@ -221,7 +224,8 @@ def count_wanted(sampling_strategy, targets, *, replace_real=False):
     Raises
     ------
     ValueError
-        For one class only, classes that are not there, or sizes below the present ones.
+        For targets that are no classes, one class only, classes that are not there, or sizes below
+        the present ones.
 
     Examples
     --------
@@ -231,6 +235,13 @@ def count_wanted(sampling_strategy, targets, *, replace_real=False):
     ({'a': 0, 'b': 3}, {'a': 0, 'b': 2})
     """
     sizes = targets.sizes()
+    if sampling_strategy is None:
+        return {name: round(ratio * size) for name, size in sizes.items()}
+    if targets.codes is None:
+        raise ValueError(
+            "Multilabel and multioutput targets have no classes to balance: take "
+            "sampling_strategy=None, and ratio for the number of samples."
+        )
     present = {name: size for name, size in sizes.items() if size}
     if len(present) < 2:
         raise ValueError(

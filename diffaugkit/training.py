@@ -45,7 +45,7 @@ from diffaugkit.runtime import (
     tf32,
 )
 
-__all__ = ["NonFiniteLossError", "fit_loop", "scheduled_rate"]
+__all__ = ["NonFiniteLossError", "auto_epochs", "fit_loop", "scheduled_rate"]
 
 # The stream of a seed from which batches draw; `batches` has another.
 _STEP = 1
@@ -84,6 +84,13 @@ class NonFiniteLossError(FloatingPointError):
 
 
 # ---- schedule and averages -----------------------------------------------------------------------
+
+
+def auto_epochs(max_epochs, steps_per_epoch, *, paper=330, most_steps=1_000):
+    """Epochs of a phase: the paper's, or as many as make `most_steps` batches, at least 10."""
+    if max_epochs != "auto":
+        return max_epochs
+    return max(10, min(paper, -(-most_steps // steps_per_epoch)))
 
 
 def scheduled_rate(step, n_steps, learning_rate, *, warmup=0):

@@ -14,7 +14,6 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.model_selection import GridSearchCV
 
 from diffaugkit import SelfSupervisedEncoder, objectives
-from diffaugkit import encoder as encoder_file
 from diffaugkit.metrics import kmeans_scores, knn_accuracy, linear_svm_accuracy
 from diffaugkit.persistence import ModelFileError
 from diffaugkit.rows import DenseRows
@@ -147,13 +146,6 @@ def test_search_of_neighbours_shows_its_progress(blobs, capfd):
     assert "neighbors" in capfd.readouterr().err
     tiny(verbose=0).fit(blobs[0])
     assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize(("n", "epochs"), [(100, 330), (10**6, 10), (5 * 10**4, 30)])
-def test_auto_epochs(n, epochs):
-    steps = -(-n // 300)
-    assert encoder_file.auto_epochs("auto", steps, paper=330, most_steps=5000) == epochs
-    assert encoder_file.auto_epochs(7, steps) == 7
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from diffaugkit.runtime import (
     resolve_device,
     resolve_precision,
 )
-from diffaugkit.training import NonFiniteLossError, fit_loop, scheduled_rate
+from diffaugkit.training import NonFiniteLossError, auto_epochs, fit_loop, scheduled_rate
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,6 +92,13 @@ def test_logs_the_mean_of_every_entry(toy):
     _, history = train(toy, module=module, loss=loss, batch_size=20, max_epochs=1)
     assert history[0]["loss"] == pytest.approx(np.mean([v for v, _ in seen]))
     assert history[0]["rows"] == 16
+
+
+@pytest.mark.parametrize(("n", "epochs"), [(100, 330), (10**6, 10), (5 * 10**4, 30)])
+def test_auto_epochs(n, epochs):
+    steps = -(-n // 300)
+    assert auto_epochs("auto", steps, paper=330, most_steps=5000) == epochs
+    assert auto_epochs(7, steps) == 7
 
 
 @pytest.mark.parametrize("warmup", [3, 0.25, 0])
