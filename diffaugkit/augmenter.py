@@ -102,10 +102,13 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
     replace_real : bool, default=False
         Give generated samples only, the all-synthetic set. `sampling_strategy` then names the
         numbers of generated samples; a class that it does not name gets as many as it has.
-    min_confidence : float in [0, 1] or None, default=0.5
-        Least share of real neighbours that must have the wanted label, under the embedding of the
-        model's own encoder (without one in its compact space). The sources themselves have no vote.
-        Multi-label: mean Jaccard index of the label sets. None lets all pass.
+    min_confidence : float in [0, 1] or None, default=0.3
+        Least share of the votes of real neighbours that the wanted label must have, under the
+        embedding of the model's own encoder (without one in its compact space). The sources
+        themselves have no vote. A class has the weight that it gets by resampling: where classes
+        become balanced, a rare one is not outvoted for its rarity. A majority (0.5) leaves typical
+        samples alone, and little of classes that overlap. Multi-label: mean Jaccard index of the
+        label sets. None lets all pass.
     n_neighbors : int, default=10
         Neighbours that vote; in a class of fewer samples, as many as it has besides the source.
     min_copy_ratio : float in [0, 1] or None, default=0.1
@@ -238,7 +241,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         interpolation="lerp",
         strength=1.0,
         replace_real=False,
-        min_confidence=0.5,
+        min_confidence=0.3,
         n_neighbors=10,
         min_copy_ratio=0.1,
         max_attempts=5,
@@ -438,6 +441,18 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         options = {"ratio": self.ratio, "replace_real": self.replace_real}
         return count_wanted(self.sampling_strategy, targets, **options)
 
+    def _weights(self, targets, wanted):
+        """Weight of each real sample's vote: how often its class will be there per real sample.
+
+        Where classes are balanced, eight samples of a rare one cannot outvote sixty of another;
+        whose label a place has is then a question of their densities, not of their numbers.
+        """
+        if targets.codes is None:
+            return np.ones(len(targets.labels))
+        sizes = targets.sizes()
+        after = [wanted[name] + (0 if self.replace_real else size) for name, size in sizes.items()]
+        return (np.maximum(after, 1) / np.maximum(list(sizes.values()), 1))[targets.codes]
+
     def _resample(self, X, y, groups, depth):
         import pandas as pd
 
@@ -513,7 +528,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
             name: {"candidates": 0, "low_confidence": 0, "copies": 0, "accepted": 0}
             for name in wanted
         }
-        judge = _Judge(views, targets, self.n_neighbors)
+        judge = _Judge(views, targets, self.n_neighbors, self._weights(targets, wanted))
         parts = []
         for attempt in range(self.max_attempts):
             names, plan = [], []
@@ -714,8 +729,8 @@ class _Views:
 class _Judge:
     """Label confidence and copy ratio of candidates, by the real samples."""
 
-    def __init__(self, views, targets, n_neighbors):
-        self.labels = targets.labels
+    def __init__(self, views, targets, n_neighbors, weights):
+        self.labels, self.weights = targets.labels, weights
         self.voters = views.features
         n = len(self.voters)
         sets = self.labels.astype(np.float32)
@@ -742,6 +757,7 @@ class _Judge:
         votes = alone[:, None] | (neighbors != source[:, None]) & (neighbors != partner[:, None])
         most = np.clip(company, 1, self.n_neighbors)[:, None]
         votes &= np.cumsum(votes, axis=1) <= most
+        votes = votes * self.weights[neighbors]
         agree = np.zeros(votes.shape)
         for column, neighbor in enumerate(neighbors.T):
             own, other = self.labels[source], self.labels[neighbor]

@@ -276,17 +276,47 @@ def test_provenance_makes_the_samples_again(data, frozen, strategy):
 # ---- the checks of what is generated -------------------------------------------------------------
 
 
-def test_confidence_against_a_plain_vote(data, frozen):
+@pytest.mark.parametrize(
+    ("options", "after"),
+    [
+        ({}, {"a": 80, "b": 40, "c": 16}),
+        ({"sampling_strategy": "auto"}, {"a": 40, "b": 40, "c": 40}),
+        (
+            {"sampling_strategy": {"b": 30, "c": 70}, "replace_real": True},
+            {"a": 40, "b": 30, "c": 70},
+        ),
+    ],
+)
+def test_confidence_against_a_plain_vote(data, frozen, options, after):
     X, y = data
-    model = tiny(frozen, n_neighbors=4)
-    X_more, _ = model.fit_resample(X, y)
+    model = tiny(frozen, n_neighbors=4, **options)
+    X_more, y_more = model.fit_resample(X, y)
+    assert {name: (y_more == name).sum() for name in after} == after
     features = frozen.estimator.transform(X).astype(np.float64)
-    for i, row in model.provenance_.iterrows():
-        others = np.delete(np.arange(len(X)), int(row["source"]))
-        made = frozen.estimator.transform(X_more[len(X) + i : len(X) + i + 1])
-        distance = np.linalg.norm(features[others] - made, axis=1)
+    weights = np.array([after[name] / (y == name).sum() for name in y])
+    made = frozen.estimator.transform(X_more[-len(model.provenance_) :])
+    for spot, row in zip(made, model.provenance_.itertuples(), strict=True):
+        others = np.delete(np.arange(len(X)), row.source)
+        distance = np.linalg.norm(features[others] - spot, axis=1)
         voters = others[np.argsort(distance)[:4]]
-        assert row["confidence"] == (y[voters] == y[int(row["source"])]).mean()
+        votes = weights[voters]
+        assert row.confidence == pytest.approx(
+            votes[y[voters] == y[row.source]].sum() / votes.sum()
+        )
+
+
+def test_a_rare_class_is_not_outvoted_for_its_rarity():
+    # Two classes in one place, 600 and 60 rows: nine of ten neighbours are of the larger.
+    X = np.random.default_rng(0).normal(size=(660, 4))
+    y = np.repeat([0, 1], (600, 60))
+    diffusion = FrozenEstimator(tiny_diffusion(Halves(), random_state=0).fit(X))
+    # A third of the places has none of the smaller near, and nothing can speak for it there.
+    balanced = GenerativeAugmenter(diffusion, sampling_strategy="auto", random_state=0)
+    assert (balanced.fit_resample(X, y)[1] == 1).sum() > 580
+    # Where they stay as many to one, they stay in doubt.
+    doubled = GenerativeAugmenter(diffusion, random_state=0, max_attempts=1)
+    with pytest.warns(ConvergenceWarning, match="fewer samples"):
+        assert (doubled.fit_resample(X, y)[1] == 1).sum() < 80
 
 
 def test_copy_ratio_against_all_distances(data, frozen):

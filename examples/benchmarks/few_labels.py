@@ -320,7 +320,7 @@ def main():
     parser.add_argument("--classifiers", nargs="+", default=list(CLASSIFIERS), choices=CLASSIFIERS)
     parser.add_argument("--uses", nargs="+", default=list(USES), choices=USES)
     parser.add_argument(
-        "--min-confidence", type=float, default=0.5, help="of the gate; 0 keeps all, as the paper"
+        "--min-confidence", type=float, default=0.3, help="of the gate; 0 keeps all, as the paper"
     )
     parser.add_argument("--folds", type=int, default=5, help="how many of the five to run")
     parser.add_argument("--epochs", type=int, help="of the encoder; default: its own")
