@@ -42,6 +42,7 @@ from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X, keep_names_of_rows
 from diffaugkit.embedding_diffusion import (
     EmbeddingConditionedDiffusion,
+    check_conditioning,
     conditioning_encoder,
     embed_rows,
 )
@@ -263,7 +264,7 @@ class DiffAugEM(TorchTransformer):
             else:
                 if phase == "EM":
                     self._joint_step(rows, positives, labels, encoder, diffusion, seed, number)
-                conditioner = self._conditioner(encoder, diffusion)
+                conditioner = conditioning_encoder(encoder, diffusion)
                 embeddings = self._condition(conditioner, rows, labels, seed)
                 fitted = diffusion
                 if phase == "M":
@@ -399,10 +400,12 @@ class DiffAugEM(TorchTransformer):
             raise ValueError(
                 "The frozen diffusion is unconditional: it cannot generate views of a sample."
             )
+        if self.condition in ("embedding", "projection"):
+            check_conditioning(encoder, diffusion)
 
     def _check_map(self, encoder, diffusion, images):
         """Refuse condition="projection" of an encoder that makes no map, before any E-step."""
-        listened_to = self._conditioner(encoder, diffusion)
+        listened_to = conditioning_encoder(encoder, diffusion)
         listened_to = getattr(listened_to, "estimator", listened_to)
         if self.condition != "projection" or not isinstance(listened_to, SelfSupervisedEncoder):
             return
@@ -451,12 +454,6 @@ class DiffAugEM(TorchTransformer):
         if isinstance(part, SelfSupervisedEncoder):
             part.set_params(warm_start=False)
         vars(part).pop("_description", None)
-
-    def _conditioner(self, encoder, diffusion):
-        """Find the encoder that the generator listens to."""
-        if self.condition in ("supervised", "random"):
-            return encoder  # to neither its embeddings nor those of another
-        return conditioning_encoder(encoder, diffusion)
 
     def _condition(self, encoder, rows, labels, seed):
         """Give what the generator sees of each row, (n, E)."""
@@ -569,7 +566,7 @@ class DiffAugEM(TorchTransformer):
     def _listened_to(self):
         """Give the encoder whose embeddings the generator knows; older files lack it."""
         known = getattr(self, "condition_encoder_", None)
-        return self._conditioner(self.encoder_, self.diffusion_) if known is None else known
+        return conditioning_encoder(self.encoder_, self.diffusion_) if known is None else known
 
     @property
     def _n_features_out(self):

@@ -1067,15 +1067,23 @@ def standardise(embeddings, condition):
 
 def conditioning_encoder(encoder, diffusion):
     """Find the encoder whose embeddings a diffusion model knows: a frozen one keeps its own."""
-    if not isinstance(diffusion, FrozenEstimator):
-        return encoder
-    if diffusion.encoder_ is None and not isinstance(encoder, FrozenEstimator):
+    own = diffusion.encoder_ if isinstance(diffusion, FrozenEstimator) else None
+    return encoder if own is None else own
+
+
+def check_conditioning(encoder, diffusion):
+    """Refuse an encoder yet to learn beside a frozen diffusion model that knows others' embeddings.
+
+    They may be as wide as its own, and mean something else.
+    """
+    conditioner = conditioning_encoder(encoder, diffusion)
+    frozen = (isinstance(part, FrozenEstimator) for part in (diffusion, encoder))
+    if conditioner is encoder and tuple(frozen) == (True, False):
         raise ValueError(
             "The frozen diffusion was fitted on given embeddings, which an encoder that is yet to "
             "learn does not make: give the encoder that made them as "
             "encoder=FrozenEstimator(encoder), or fit the diffusion with that as its encoder."
         )
-    return encoder if diffusion.encoder_ is None else diffusion.encoder_
 
 
 def interpolate_rows(a, b, alpha, kind="slerp"):

@@ -40,6 +40,7 @@ from diffaugkit.data import check_X
 from diffaugkit.embedding_diffusion import (
     EmbeddingConditionedDiffusion,
     call_seed,
+    check_conditioning,
     conditioning_encoder,
     embed_rows,
     interpolate_rows,
@@ -253,7 +254,7 @@ class GenSIS(TorchTransformer):
             diffusion._check_parts(rows, conditional=True)
         elif isinstance(diffusion, FrozenEstimator):
             self._check_frozen(diffusion.estimator, rows)
-        conditioner = conditioning_encoder(vanilla, diffusion)
+            check_conditioning(vanilla, diffusion)
         rng = np.random.default_rng(mix_seed(seed, _INTERPOLATIONS))
         alphas = rng.choice(alphas, size=len(rows)).astype(np.float32)
         pairs = (partners, alphas) if interpolates else None
@@ -265,7 +266,7 @@ class GenSIS(TorchTransformer):
         # Stage 1: hand-made views alone.
         if not isinstance(vanilla, FrozenEstimator):
             vanilla.fit(rows)
-        embeddings = embed_rows(conditioner, rows)
+        embeddings = embed_rows(conditioning_encoder(vanilla, diffusion), rows)
 
         # Stage 2: images from embeddings.
         if not isinstance(diffusion, FrozenEstimator):

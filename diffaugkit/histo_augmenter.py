@@ -47,7 +47,12 @@ from diffaugkit.base import (
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
 from diffaugkit.diffusion import SAMPLERS, sample_in_batches
-from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, _as_given, call_seed
+from diffaugkit.embedding_diffusion import (
+    EmbeddingConditionedDiffusion,
+    _as_given,
+    call_seed,
+    embed_rows,
+)
 from diffaugkit.histo_networks import DecoderOf, GuidedDenoiser, LatentClassifier
 from diffaugkit.image_rows import ImageRows, from_unit, to_unit
 from diffaugkit.metrics import NEAR_COPY, QualityReport, copy_ratio, nearest_training_samples
@@ -780,7 +785,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
     def _features(self, rows):
         """Features of length 1, (n, F) float64."""
         if self.encoder_ is not None:
-            features = self.encoder_.transform(_as_given(self.encoder_, rows))
+            features = embed_rows(self.encoder_, rows)
         else:
             space, device = self._space(), self._device()
             inputs, module = space.encode(rows), self.module_.to(device).eval()

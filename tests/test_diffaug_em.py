@@ -366,8 +366,9 @@ def test_frozen_diffusion_keeps_its_own_condition(blobs, tmp_path):
     given = tiny_diffusion(max_epochs=2).fit(X, embeddings=X[:, :4])
     with pytest.raises(ValueError, match=r"give the encoder that made them as .*FrozenEstimator"):
         tiny(diffusion=FrozenEstimator(given)).fit(X)
-    random = tiny(diffusion=FrozenEstimator(given), condition="random")
-    assert random.fit(X).augment(X).shape == X.shape
+    for frozen in (given, own):  # random conditions are as wide as the generator's
+        model = tiny(diffusion=FrozenEstimator(frozen), condition="random")
+        assert model.fit(X).augment(X).shape == X.shape
     other = FrozenEstimator(PCA(7).fit(X))
     with pytest.raises(ValueError, match="7 features, but the model was fitted on 4"):
         tiny(encoder=other, diffusion=FrozenEstimator(given)).fit(X).augment(X)

@@ -196,7 +196,7 @@ def test_a_frozen_diffusion_of_other_images_is_refused_before_any_work(X, fitted
     refused(tiny_diffusion(), X, "not fitted", NotFittedError)
 
 
-def test_a_frozen_diffusion_listens_to_its_own_encoder(X, recorded, tmp_path):
+def test_a_frozen_diffusion_listens_to_its_own_encoder(X, recorded):
     encoder = tiny_encoder(random_state=7)  # as wide as the vanilla one, which is another
     own = tiny_diffusion(random_state=0).set_params(encoder=encoder).fit(X)
     known = own.encoder_.transform(X)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -127,18 +128,24 @@ def run(args, results):
         cells = load_cells(name, args.quick)
         rare = rare_types(cells.y)
         for fold in range(args.folds):
-            prefix = f"{name}|aim {args.aim}|seed {args.seed}|fold {fold}"
-            todo = [m for m in args.methods if f"{prefix}|{m}" not in results.read()]
-            if not todo:
-                continue
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="The least populated class")
-                parts = fold_components(cells, fold, args)
-            args.fitted = None
-            for method in todo:
-                record = run_method(method, *parts, rare, args, fold)
-                results.add(f"{prefix}|{method}", record)
-                print(f"{prefix}|{method}: {record}", flush=True)
+            load = partial(fold_components, cells, fold, args)
+            run_fold(name, fold, load, rare, args, results)
+
+
+def run_fold(name, fold, load, rare, args, results):
+    """Run the methods that a fold lacks on what ``load()`` gives."""
+    prefix = f"{name}|aim {args.aim}|seed {args.seed}|fold {fold}"
+    todo = [m for m in args.methods if f"{prefix}|{m}" not in results.read()]
+    if not todo:
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")
+        parts = load()
+    args.fitted = None
+    for method in todo:
+        record = run_method(method, *parts, rare, args, fold)
+        results.add(f"{prefix}|{method}", record)
+        print(f"{prefix}|{method}: {record}", flush=True)
 
 
 def tables(results):

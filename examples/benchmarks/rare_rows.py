@@ -14,10 +14,11 @@ written as it comes, and a second run goes on where the first stopped::
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import numpy as np
 from _common import Results, quick_out
-from rare_cells import OURS, PEERS, run_method, tables
+from rare_cells import OURS, PEERS, run_fold, tables
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
@@ -27,7 +28,7 @@ COMMON, RARE = 60, 8
 
 
 def draw(name, seed):
-    """Training rows with rare classes, test rows, and the numbers of the rare classes."""
+    """Training rows and labels in which odd classes are rare, test rows and labels."""
     X, y = SETS[name](return_X_y=True)
     X, X_test, y, y_test = train_test_split(X, y, test_size=0.5, random_state=seed, stratify=y)
     rng = np.random.default_rng(seed)
@@ -35,21 +36,15 @@ def draw(name, seed):
     kept = [rng.permutation(np.flatnonzero(y == kind))[:size] for kind, size in sizes.items()]
     kept = np.concatenate(kept)
     scale = StandardScaler().fit(X[kept])
-    rare = [kind for kind, size in sizes.items() if size == RARE]
-    return (scale.transform(X[kept]), y[kept], scale.transform(X_test), y_test), rare
+    return scale.transform(X[kept]), y[kept], scale.transform(X_test), y_test
 
 
 def run(args, results):
     for name in args.sets:
-        for seed in range(args.folds):
-            parts, rare = draw(name, seed)
-            args.fitted, args.seed = None, 0
-            for method in (*PEERS, *OURS):
-                key = f"{name}|aim {args.aim}|seed 0|fold {seed}|{method}"
-                if key not in results.read():
-                    record = run_method(method, *parts, rare, args, seed)
-                    results.add(key, record)
-                    print(f"{key}: {record}", flush=True)
+        kinds = np.unique(SETS[name](return_X_y=True)[1])
+        for fold in range(args.folds):
+            load = partial(draw, name, fold)
+            run_fold(name, fold, load, kinds[kinds % 2 == 1], args, results)
 
 
 def main():
@@ -57,8 +52,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
+    parser.add_argument("--methods", nargs="+", default=[*PEERS, *OURS], choices=[*PEERS, *OURS])
     parser.add_argument("--folds", type=int, default=5, help="how many draws")
     parser.add_argument("--aim", type=float, default=1.0, help="share of the largest class")
+    parser.add_argument("--seed", type=int, default=0, help="of the samplers")
     parser.add_argument("--quick", action="store_true", help="one set, one draw, few epochs")
     parser.add_argument("--tables", action="store_true", help="print the tables only")
     parser.add_argument("--out", default="rare_rows.json")
