@@ -493,6 +493,22 @@ class UNetDenoiser(nn.Module):
             out = self.unet(x, t, tokens, class_labels=tokens.mean(dim=1), return_dict=False)[0]
         return out[:, :, :height, :width]
 
+    def features(self, x_t, t):
+        """Features (B, F) of samples under the null condition: what the middle of the U-Net sees.
+
+        Means over the four quarters of the map and the spread over all of it, of each channel.
+        Middle layers know what a picture shows, as the classes of unseen pictures can be read off
+        (Baranchuk et al. 2022, Xiang et al. 2023, "Denoising diffusion autoencoders").
+        """
+        found = []
+        hook = self.unet.mid_block.register_forward_hook(lambda _, args, out: found.append(out))
+        try:
+            self(x_t, t)
+        finally:
+            hook.remove()
+        quarters = F.adaptive_avg_pool2d(found[0], 2).flatten(1)
+        return torch.cat([quarters, found[0].flatten(2).std(dim=2, correction=0)], dim=1)
+
     def _tokens(self, x_t, cond, drop):
         """Projected tokens of every row (B, L, K), the null one where dropped."""
         if x_t.ndim != 4 or x_t.shape[1] != self.n_channels:

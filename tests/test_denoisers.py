@@ -301,3 +301,17 @@ def test_the_call_that_checks_a_network_leaves_no_trace():
 def test_predictions_of_another_shape_are_refused(forward, match):
     with pytest.raises(ValueError, match=match):
         check_denoiser(own(forward), torch.zeros(2, 4), 10, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("n_condition", [0, 4])
+def test_features_of_a_row_are_its_own(n_condition):
+    with isolated_rng(0):
+        denoiser = UNetDenoiser(1, n_condition, block_out_channels=(8, 16)).eval()
+        x, t = torch.randn(5, 1, 9, 7), torch.full((5,), 50)
+    before = denoiser(x, t)
+    with torch.no_grad():
+        features = denoiser.features(x, t)
+        torch.testing.assert_close(denoiser.features(x[2:4], t[2:4]), features[2:4])
+    assert features.shape == (5, 5 * 16)
+    assert len(torch.unique(features, dim=0)) == 5
+    torch.testing.assert_close(denoiser(x, t), before)

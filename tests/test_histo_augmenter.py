@@ -198,12 +198,14 @@ def test_the_gradient_is_the_posteriors(schedule):
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("shape", [(5,), (2, 9, 7)])
+@pytest.mark.parametrize(
+    ("shape", "units"), [((5,), None), ((5,), np.geomspace(1, 0.1, 5)), ((2, 9, 7), None)]
+)
 @pytest.mark.parametrize("timed", [True, False])
-def test_gradient_of_the_network_against_float64_differences(shape, timed):
+def test_gradient_of_the_network_against_float64_differences(shape, units, timed):
     diffusion = Diffusion(beta_schedule="cosine")
     with isolated_rng(0):
-        network = LatentClassifier(shape, 3, diffusion.alpha_bar, width=8, timed=timed)
+        network = LatentClassifier(shape, 3, diffusion.alpha_bar, width=8, timed=timed, units=units)
         torch.nn.init.normal_(network.head.weight)
         x, direction = torch.randn(4, *shape).double(), torch.randn(4, *shape).double()
     network = network.double().eval()
@@ -241,6 +243,55 @@ def test_scale_0_is_the_generator_itself(pretrained, fitted, labelled):
     y = np.repeat(["a", "b"], 4)
     np.testing.assert_array_equal(free.sample(y, random_state=5), plain.sample(8, random_state=5))
     assert not np.allclose(fitted.sample(y, random_state=5), free.sample(y, random_state=5))
+
+
+def test_each_row_has_the_scale_of_its_class():
+    diffusion = Diffusion(beta_schedule="cosine", prediction_type="v_prediction")
+    with isolated_rng(0):
+        network = LatentClassifier((2, 8, 8), 3, diffusion.alpha_bar, width=8).eval()
+        torch.nn.init.normal_(network.head.weight)
+        x = torch.randn(6, 2, 8, 8)
+    t, y = torch.full((6,), 400), torch.arange(6) % 3
+
+    def own(z_t, t):
+        return torch.zeros_like(z_t)
+
+    scales = torch.tensor([0.0, 1.0, 8.0])
+    found = classifier_guided(own, network, y, scales[y], diffusion)(x, t)
+    for row, scale in enumerate(scales[y].tolist()):
+        alone = classifier_guided(own, network, y[[row]], scale, diffusion)(x[[row]], t[[row]])
+        torch.testing.assert_close(found[[row]], alone)
+    assert (found[[0, 3]] == 0).all()
+
+
+def test_guidance_is_as_strong_as_each_class_needs(pretrained, labelled, tmp_path):
+    X, y = labelled
+    assert tiny(FrozenEstimator(pretrained), guidance_scale=3).fit(
+        X, y
+    ).guidance_scale_.tolist() == [3, 3, 3]
+    judge = KNeighborsClassifier(3).fit(X, y)
+    asked = np.repeat(["a", "b", "c"], 60)
+
+    def right(model):
+        return (judge.predict(model.sample(asked)) == asked).reshape(3, 60).mean(axis=1)
+
+    found = []
+    for max_epochs in (15, 600):  # 15 learn little
+        model = tiny(
+            FrozenEstimator(pretrained), width=16, max_epochs=max_epochs, n_sampling_steps=20
+        )
+        model.fit(X, y)
+        assert set(model.guidance_scale_) <= {1, 2, 4, 8, 16}
+        plain = copy.deepcopy(model).set_params(guidance_scale=1.0)
+        raised = model.guidance_scale_ > 1
+        assert (right(model)[~raised] >= 0.8).all()
+        assert (right(model)[raised] > right(plain)[raised]).all()
+        found.append(model)
+    assert found[0].guidance_scale_.sum() > found[1].guidance_scale_.sum()
+    assert (right(found[1]) >= 0.9).all()
+    found[0].save(tmp_path / "model")
+    loaded = diffaugkit.load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.sample(asked), found[0].sample(asked))
 
 
 def test_guidance_brings_the_class_asked_for(blobs, fitted):
@@ -396,6 +447,44 @@ def unit(features):
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
+def test_vectors_are_judged_in_units_of_the_data(blobs, labelled, pretrained):
+    X, y = labelled
+    augmenter = tiny(FrozenEstimator(pretrained), guidance_scale=1.0).fit(X, y)
+    scores = PCA(4).fit(blobs[0]).transform(np.concatenate([X, blobs[0]]).astype(np.float64))
+    scores = unit(scores)
+    centroids = np.stack([scores[:24][y == c].mean(0) for c in "abc"])
+    expected = np.linalg.norm(scores[24:, None] - centroids, axis=2)
+    np.testing.assert_allclose(augmenter.centroid_distances(blobs[0]), expected, atol=1e-4)
+
+
+def test_images_are_judged_by_what_the_generator_knows_without_labels(images, latent):
+    X, y = images
+    unconditional = EmbeddingConditionedDiffusion(None, **UNET).fit(X)
+    for generator in (latent, unconditional):
+        augmenter = tiny(FrozenEstimator(generator), guidance_scale=1.0).fit(X, y)
+        other = copy.deepcopy(augmenter)
+        with torch.no_grad():  # the classifier has no say
+            for parameter in other.module_.parameters():
+                parameter.zero_()
+        distances = augmenter.centroid_distances(X)
+        np.testing.assert_array_equal(other.centroid_distances(X), distances)
+        np.testing.assert_allclose(augmenter.centroid_distances(X[:5]), distances[:5], atol=1e-5)
+
+    # By the formula: quarters and spread of the middle of the U-Net at T / 20, standardised.
+    seen, x = [], torch.from_numpy(X).permute(0, 3, 1, 2) / 127.5 - 1
+    unet = unconditional.module_.unet
+    with unet.mid_block.register_forward_hook(lambda _, args, out: seen.append(out.double())):
+        with torch.no_grad():
+            unet(x, 50)
+    h = seen[0].numpy()  # (24, 8, 4, 4)
+    quarters = h.reshape(24, 8, 2, 2, 2, 2).mean(axis=(3, 5)).reshape(24, -1)
+    features = np.concatenate([quarters, h.std(axis=(2, 3))], axis=1)
+    features = unit((features - features.mean(0)) / features.std(0))
+    centroids = np.stack([features[y == k].mean(0) for k in range(2)])
+    expected = np.linalg.norm(features[:, None] - centroids, axis=2)
+    np.testing.assert_allclose(distances, expected, atol=1e-3)
+
+
 def test_selection_against_its_definition(blobs, labelled, pretrained):
     X, y = labelled
     encoder = PCA(3, random_state=0).fit(blobs[0])
@@ -532,7 +621,7 @@ def test_copies_are_warned_of(shape, blobs, monkeypatch):
     generator = EmbeddingConditionedDiffusion(None, **options).fit(X)
     # Judged by themselves, so that the nearest real sample is the one repeated.
     same = None if len(shape) > 1 else Itself()
-    augmenter = tiny(FrozenEstimator(generator), same, selection="random")
+    augmenter = tiny(FrozenEstimator(generator), same, selection="random", guidance_scale=1.0)
 
     def repeat(self, codes, seed):
         first = np.flatnonzero(y == codes[0])[: len(codes)]
@@ -840,7 +929,7 @@ def test_callbacks_see_the_pretraining_too(labelled):
 def test_copies_of_the_pool_are_warned_of(blobs, labelled):
     X, y = labelled
     pool = np.concatenate([X, blobs[0][1::10]])
-    augmenter = tiny(max_epochs=20, n_sampling_steps=5, selection="random")
+    augmenter = tiny(max_epochs=20, n_sampling_steps=5, selection="random", guidance_scale=1.0)
     rows = iter(range(len(X), len(pool)))
     augmenter._generate = lambda numbers, seed: np.stack([pool[next(rows)] for _ in numbers])
     with pytest.warns(UserWarning, match=r"copy ratio below 0\.00.*repeat real samples"):

@@ -184,7 +184,8 @@ def pools(args, variant, generator, X, y, seed):
     distances = augmenter.centroid_distances(images)
     own = np.take_along_axis(distances, labels[:, None], axis=1)[:, 0]
     right = np.flatnonzero(distances.argmin(axis=1) == labels)
-    print(f"  {len(right) / len(labels):.0%} of {len(labels)} candidates are right", flush=True)
+    scales = dict(zip(augmenter.classes_.tolist(), augmenter.guidance_scale_.tolist(), strict=True))
+    print(f"  {len(right) / len(labels):.0%} of {len(labels)} candidates are right, {scales=}")
     orders = {
         "random": np.arange(len(labels)),
         "consistent": right,
@@ -253,7 +254,7 @@ def run(args, results):
             if f"{key}|all labels" not in results.read():
                 results.add(f"{key}|all labels", scores(y[test], oracle.predict(X[test])))
             for variant in args.variants:
-                rows = [(kind, ratio) for kind in SELECTIONS for ratio in RATIOS]
+                rows = [(kind, ratio) for kind in args.selections for ratio in RATIOS]
                 names = {row: f"{key}|{variant}|{row[0]}|{row[1]}" for row in rows}
                 todo = [row for row in rows if names[row] not in results.read()]
                 if not todo:
@@ -307,6 +308,11 @@ def tables(results):
         print(markdown(["training set", "seeds", *METRICS, "gain"], rows))
 
 
+def scale(text):
+    """Scale of the guidance on the command line."""
+    return text if text == "auto" else float(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TISSUES, default=["breast", "lung"])
@@ -314,7 +320,8 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["full"])
     parser.add_argument("--size", type=int, default=48, help="side of all images, pixels")
     parser.add_argument("--n-labels", type=int, default=54, help="5 %% of the lung training side")
-    parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--guidance-scale", type=scale, default="auto", help="or a number")
+    parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=list(SELECTIONS))
     parser.add_argument(
         "--n-candidates", type=float, default=2.0, help="per image of the largest ratio"
     )
