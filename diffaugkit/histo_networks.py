@@ -276,10 +276,12 @@ def classifier_guided(denoiser, classifier, y, scale, diffusion):
 
     def denoise(z_t, t, cond=None, drop=None):
         prediction = denoiser(z_t, t)
-        if not torch.is_tensor(scale) and scale == 0:
+        by_row = scale
+        if torch.is_tensor(scale):
+            by_row = scale.view(-1, *[1] * (z_t.ndim - 1))
+        elif scale == 0:
             return prediction
         signal, sigma = diffusion._level(t, z_t.ndim)
-        by_row = scale.view(-1, *[1] * (z_t.ndim - 1)) if torch.is_tensor(scale) else scale
         pull = by_row * sigma * class_gradient(classifier, z_t, t, y)
         if diffusion.prediction_type == "epsilon":
             return prediction.float() - pull

@@ -266,9 +266,8 @@ def test_each_row_has_the_scale_of_its_class():
 
 def test_guidance_is_as_strong_as_each_class_needs(pretrained, labelled, tmp_path):
     X, y = labelled
-    assert tiny(FrozenEstimator(pretrained), guidance_scale=3).fit(
-        X, y
-    ).guidance_scale_.tolist() == [3, 3, 3]
+    given = tiny(FrozenEstimator(pretrained), guidance_scale=3).fit(X, y)
+    assert given.guidance_scale_.tolist() == [3, 3, 3]
     judge = KNeighborsClassifier(3).fit(X, y)
     asked = np.repeat(["a", "b", "c"], 60)
 
@@ -455,6 +454,26 @@ def test_vectors_are_judged_in_units_of_the_data(blobs, labelled, pretrained):
     centroids = np.stack([scores[:24][y == c].mean(0) for c in "abc"])
     expected = np.linalg.norm(scores[24:, None] - centroids, axis=2)
     np.testing.assert_allclose(augmenter.centroid_distances(blobs[0]), expected, atol=1e-4)
+
+
+def test_models_that_were_saved_before_are_judged_by_their_classifier(
+    labelled, pretrained, tmp_path
+):
+    X, y = labelled
+    model = tiny(FrozenEstimator(pretrained), guidance_scale=1.0).fit(X, y)
+    del model._judge, model.guidance_scale_  # their files have neither
+    model.module_.units = None  # and their classifiers read whitened vectors
+    samples = model.sample(y)
+    model.save(tmp_path / "model")
+    loaded = diffaugkit.load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.sample(y), samples)
+    z = loaded._space().encode(pretrained._check_rows(X))[np.arange(len(X))]
+    with torch.no_grad():
+        features = loaded.module_.features(z, torch.zeros(len(z), dtype=torch.int64))
+    features = unit(features.double().numpy())
+    loaded.centroids_ = np.stack([features[y == c].mean(0) for c in "abc"])
+    expected = np.linalg.norm(features[:, None] - loaded.centroids_, axis=2)
+    np.testing.assert_allclose(loaded.centroid_distances(X), expected, atol=1e-5)
 
 
 def test_images_are_judged_by_what_the_generator_knows_without_labels(images, latent):

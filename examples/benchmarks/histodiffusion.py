@@ -185,7 +185,8 @@ def pools(args, variant, generator, X, y, seed):
     own = np.take_along_axis(distances, labels[:, None], axis=1)[:, 0]
     right = np.flatnonzero(distances.argmin(axis=1) == labels)
     scales = dict(zip(augmenter.classes_.tolist(), augmenter.guidance_scale_.tolist(), strict=True))
-    print(f"  {len(right) / len(labels):.0%} of {len(labels)} candidates are right, {scales=}")
+    share = f"{len(right) / len(labels):.0%} of {len(labels)} candidates are right"
+    print(f"  {share}, {scales=}", flush=True)
     orders = {
         "random": np.arange(len(labels)),
         "consistent": right,
