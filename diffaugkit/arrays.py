@@ -1,7 +1,9 @@
 """Arrays from tensors and from images of any layout, and checks of labels and of groups."""
 
 import math
+import warnings
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,13 +42,25 @@ def check_groups(groups, n):
     if groups is None:
         return None
     refuse_missing(groups, "groups", "values", "name them or drop those rows")
-    groups = column_or_1d(to_numpy(groups))
+    given, groups = groups, column_or_1d(to_numpy(groups))
     if len(groups) != n:
         raise ValueError(
             f"groups and X have inconsistent lengths: {len(groups)} and {n}. Give one group for "
             "each row."
         )
+    # NumPy makes strings of the numbers in a list that holds both: 1 and "1" would be one group.
+    names = given if isinstance(given, list | tuple) else groups if groups.dtype == object else ()
+    if len({isinstance(group, str) for group in names}) > 1:
+        raise TypeError("groups must be all strings or all numbers, but they are both.")
     return groups
+
+
+@contextmanager
+def many_classes():
+    """Silence scikit-learn's warning of many classes: few samples of each are what we are for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The number of unique classes")
+        yield
 
 
 def some(names):

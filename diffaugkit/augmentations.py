@@ -351,7 +351,7 @@ class ImageViews:
     def global_view(self, x, number=0):
         """One view of full size; `number` tells which probabilities hold."""
         if callable(self.augmentation):
-            return self.augmentation(x)
+            return self._called(x)
         recipe = image_recipe(self.augmentation, x.shape[1])
         scale = recipe.multicrop_scale if self.n_local else recipe.scale
         view = _crop(x, x.shape[2:], scale, recipe)
@@ -361,9 +361,12 @@ class ImageViews:
         """One small crop."""
         size = local_size(x.shape[2:]) if self.local_size is None else self.local_size
         if callable(self.augmentation):
-            return _crop(self.augmentation(x), size, ImageRecipe.local_scale, ImageRecipe(flip=0))
+            return _crop(self._called(x), size, ImageRecipe.local_scale, ImageRecipe(flip=0))
         recipe = image_recipe(self.augmentation, x.shape[1])
         return _recolor(_crop(x, size, recipe.local_scale, recipe), recipe, 2)
+
+    def _called(self, x):
+        return self.augmentation(x.clone())  # it may work in place, and each view begins anew
 
 
 def local_size(shape, patch=(1, 1)):

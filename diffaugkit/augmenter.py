@@ -30,7 +30,7 @@ from sklearn.utils import gen_batches
 from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from diffaugkit.arrays import check_groups, some
+from diffaugkit.arrays import check_groups, many_classes, some
 from diffaugkit.base import (
     HasMethods,
     Interval,
@@ -531,12 +531,12 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         judge = _Judge(views, targets, self.n_neighbors, self._weights(targets, wanted))
         parts = []
         for attempt in range(self.max_attempts):
-            names, plan = [], []
-            for name, count in counts.items():
+            numbers, plan = [], []
+            for number, (name, count) in enumerate(counts.items()):
                 start, missing = count["candidates"], wanted[name] - count["accepted"]
                 plan.append([part[start : start + missing] for part in plans[name]])
-                names += [name] * missing
-            if not names:
+                numbers += [number] * missing
+            if not numbers:
                 break
             source, partner, alpha = (np.concatenate(part) for part in zip(*plan, strict=True))
             seed = mix_seed(self._sampling_seed, 2, attempt) % 2**32
@@ -553,14 +553,14 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
             doubtful = confidence < (self.min_confidence or 0)
             copied = ~doubtful & (ratio < (self.min_copy_ratio or 0))
             keep = ~(doubtful | copied)
-            names = np.array([list(wanted).index(name) for name in names])
+            numbers = np.array(numbers)
             for number, name in enumerate(wanted):
-                own = names == number
+                own = numbers == number
                 counts[name]["candidates"] += int(own.sum())
                 counts[name]["low_confidence"] += int((own & doubtful).sum())
                 counts[name]["copies"] += int((own & copied).sum())
                 counts[name]["accepted"] += int((own & keep).sum())
-            found = (made, spots, features, names, source, partner, alpha)
+            found = (made, spots, features, numbers, source, partner, alpha)
             found += (np.full(len(keep), seed), np.arange(len(keep)), confidence, ratio)
             parts.append([part[keep] for part in found])
         if not parts:
@@ -636,14 +636,15 @@ def sampler_report(real, generated, source, labels, n_neighbors):
         return None
     if labels is not None and np.unique(labels, return_counts=True)[1].max() < 2:
         labels = None
-    report = quality_report(
-        spots,
-        made,
-        source,
-        embed=(features, made_features),
-        labels=labels,
-        n_neighbors=min(n_neighbors, len(spots) // 2),
-    )
+    with many_classes():
+        report = quality_report(
+            spots,
+            made,
+            source,
+            embed=(features, made_features),
+            labels=labels,
+            n_neighbors=min(n_neighbors, len(spots) // 2),
+        )
     return asdict(report)
 
 

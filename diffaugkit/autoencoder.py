@@ -43,6 +43,7 @@ from diffaugkit.data import check_X
 from diffaugkit.diffusion import sample_in_batches
 from diffaugkit.image_inputs import check_is_image
 from diffaugkit.image_rows import from_unit, to_unit
+from diffaugkit.networks import norm_groups
 from diffaugkit.runtime import isolated_rng
 from diffaugkit.training import auto_epochs
 
@@ -315,7 +316,9 @@ class LatentAutoencoder(TorchTransformer):
         """
         check_is_fitted(self, "module_")
         rows = check_X(self, X, reset=False, **self._gate())
-        parts = [self.encode(to_unit(batch, rows.pixel_range)) for _, batch in rows.batches(None)]
+        # Whole batches of the network: the last of each is filled up, at its full cost.
+        batches = rows.batches(self._batch_size())
+        parts = [self.encode(to_unit(batch, rows.pixel_range)) for _, batch in batches]
         return torch.cat(parts).cpu().numpy()
 
     def inverse_transform(self, Z):
@@ -333,7 +336,7 @@ class LatentAutoencoder(TorchTransformer):
         """
         check_is_fitted(self, "module_")
         Z = check_array(Z, dtype=np.float32, input_name="Z", allow_nd=True)
-        if math.prod(Z.shape[1:]) != self._n_features_out:
+        if Z.shape[1:] not in ((self._n_features_out,), tuple(self.latent_shape_)):
             raise ValueError(
                 f"Z has shape {Z.shape}, expected (n, {self._n_features_out}) or "
                 f"{('n', *self.latent_shape_)}."
@@ -375,7 +378,7 @@ class LatentAutoencoder(TorchTransformer):
         rows = check_X(self, X, reset=False, **self._gate())
         height, width, _ = self.image_shape_
         total = 0.0
-        for _, batch in rows.batches(64):
+        for _, batch in rows.batches(self._batch_size()):
             unit = to_unit(batch, rows.pixel_range)
             made = self.decode(self.encode(unit))[..., :height, :width].clamp(-1, 1).cpu()
             total += float(((made - unit).double() / 2).square().mean(dim=(1, 2, 3)).sum())
@@ -460,10 +463,6 @@ class LatentAutoencoder(TorchTransformer):
                 f"block_out_channels={widths!r} must have {n_levels} widths, one for each halving "
                 f"up to downsampling={self.downsampling} and one more."
             )
-        # Groups of at least four channels, at most the usual 32 of them: where each channel has a
-        # norm of its own, the last one before the pixels forgets how bright an image is.
-        divides = math.gcd(*widths)
-        n_groups = max(n for n in (1, 2, 4, 8, 16, 32) if divides % (n * min(4, n)) == 0)
         channels = self.latent_channels
         if channels == "auto":
             channels = 3 if self.downsampling <= 4 else 4
@@ -475,7 +474,7 @@ class LatentAutoencoder(TorchTransformer):
             "block_out_channels": tuple(int(width) for width in widths),
             "layers_per_block": int(self.layers_per_block),
             "latent_channels": int(channels),
-            "norm_num_groups": n_groups,
+            "norm_num_groups": norm_groups(*widths),
             "mid_block_add_attention": False,
         }
         if self.kind == "vq":
@@ -503,7 +502,10 @@ class LatentAutoencoder(TorchTransformer):
             with torch.no_grad():
                 return fn(tensor[index].to(device))
 
-        return sample_in_batches(run, len(tensor), batch_size=8 if device.type == "cpu" else 64)
+        return sample_in_batches(run, len(tensor), batch_size=self._batch_size())
+
+    def _batch_size(self):
+        return 8 if self._device().type == "cpu" else 64
 
     def _measure_latents(self, rows):
         index = np.linspace(0, len(rows) - 1, min(len(rows), _SCALE_ROWS)).astype(np.int64)
@@ -653,10 +655,11 @@ class _Fit:
         if self.step is None:
             self.step = int(self.networks.n_steps)  # once: later looks would wait for the device
         if self.step < self.estimator.adversarial_start:
-            # Logged as 0, and every parameter in the graph, as distributed training wants it.
+            # Without a gradient: with one of 0 Adam's second moment would be next to nothing by
+            # now, and the first steps several times too long.
             names = ("adversarial", "discriminator", "adaptive_weight")
             out |= dict.fromkeys(names, x.new_zeros(()))
-            return 0.0 * sum(parameter.sum() for parameter in judge.parameters())
+            return 0.0
         frozen = {name: weight.detach() for name, weight in judge.named_parameters()}
         fooling = -functional_call(judge, frozen, (made,)).mean()
         last = self.networks.autoencoder.decoder.conv_out.weight
@@ -721,7 +724,7 @@ def _load_pretrained(kind, source, *, download):
             warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")
             return _read_pretrained(kind, source, download=download)
     except OSError as error:
-        if download or Path(source).is_dir():
+        if download or Path(source).expanduser().is_dir():
             raise
         raise OSError(
             f"pretrained={str(source)!r} is not on this machine: if it is a name on the Hugging "
@@ -732,12 +735,12 @@ def _load_pretrained(kind, source, *, download):
 def _read_pretrained(kind, source, *, download):
     cls = _autoencoder_class(kind)
     options = {"use_safetensors": True, "local_files_only": not download}
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        for name in ("vae", "vqvae", "movq"):
-            if (folder / name).is_dir():
-                options["subfolder"] = name
-                break
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        source = folder
+        names = () if (folder / "config.json").exists() else ("vae", "vqvae", "movq")
+        if found := [name for name in names if (folder / name).is_dir()]:
+            options["subfolder"] = found[0]
     found = cls.load_config(
         str(source), **{k: v for k, v in options.items() if k != "use_safetensors"}
     )

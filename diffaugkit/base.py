@@ -20,6 +20,7 @@ from sklearn.base import (
     TransformerMixin,
     _fit_context,
 )
+from sklearn.pipeline import Pipeline
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, Options, StrOptions
 from torch import nn
@@ -217,6 +218,36 @@ class TorchEstimator(BaseEstimator):
         names = ("device", "precision", "compile", "verbose", "callbacks")
         part.set_params(**{name: getattr(self, name) for name in names}, **more)
         part._validate_params()  # before any work, and not after the parts in front of it
+        return part
+
+    def _seed_part(self, part, seed, number):
+        """Give a part a seed of this fit where it has none; of a pipeline, its steps."""
+        # Our estimators seed their own parts.
+        params = part.get_params(deep=not isinstance(part, TorchEstimator))
+        ours = [f"{name}__" for name, value in params.items() if isinstance(value, TorchEstimator)]
+        unset = [
+            name
+            for name, value in params.items()
+            if value is None
+            and name.rpartition("__")[2] == "random_state"
+            and not any(name.startswith(own) and name != f"{own}random_state" for own in ours)
+        ]
+        part.set_params(**dict.fromkeys(unset, self._child_seed(seed, number)))
+
+    def _fit_part(self, part, name, *given):
+        """Fit a part, resumable in a folder of this name unless it has one of its own."""
+        steps = part.steps if isinstance(part, Pipeline) else []
+        folders = {name: part} | {f"{name}/{step}": each for step, each in steps}
+        resumable = {
+            name: each
+            for name, each in folders.items()
+            if isinstance(each, TorchEstimator) and each.checkpoint_dir is None
+        }
+        for name, each in resumable.items():
+            each.set_params(checkpoint_dir=self._folder(name))
+        part.fit(*given)
+        for each in resumable.values():
+            each.set_params(checkpoint_dir=None)
         return part
 
     def _fit_loop(self, module, loss_fn, batches, *, seed, **options):

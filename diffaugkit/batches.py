@@ -94,9 +94,15 @@ class Batches:
     def _bounds(self):
         """Start and end of every batch in the order of an epoch."""
         _, world = process_rank()
+        if self.batch_size < world:
+            raise ValueError(
+                f"A batch of {self.batch_size} rows (of {self.n_samples}) cannot be shared among "
+                f"{world} processes: raise batch_size, or launch fewer."
+            )
         starts = list(range(0, self.n_samples, self.batch_size))
-        # Batch normalisation and every contrast between samples need two rows in each process.
-        if len(starts) > 1 and self.n_samples - starts[-1] < 2 * world:
+        # Batch normalisation and every contrast between samples need two rows in each process; who
+        # asks for batches of one has neither.
+        if self.batch_size > 1 and len(starts) > 1 and self.n_samples - starts[-1] < 2 * world:
             starts.pop()
         return list(zip(starts, [*starts[1:], self.n_samples], strict=True))
 
@@ -167,7 +173,8 @@ def make_batches(rows, *aligned, batch_size, seed=0, device="auto"):
         becomes float32. A None stays None in every batch, so that a loss function with an optional
         argument needs one form only.
     batch_size : int
-        Rows of a batch, clipped to n; a last batch of one row joins the batch before it.
+        Rows of a batch, clipped to n; a last batch of one row joins the batch before it, unless all
+        are of one.
     seed : int, default=0
         Seed of the order; each epoch has its own.
     device : str or torch.device, default="auto"

@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -133,12 +134,13 @@ def check_X(
     Raises
     ------
     ValueError
-        For NaN, infinity, an empty, one-dimensional or complex input, a wrong width, missing or
-        repeated genes, columns that hold no numbers, raw counts or negative values where these
-        are refused; for images that cannot be read, are too small, or differ from those of ``fit``
-        in size or in the scale of their pixels.
+        For NaN, infinity, masked values, an empty, one-dimensional or complex input, a wrong
+        width, missing or repeated genes, columns that hold no numbers, raw counts or negative
+        values where these are refused; for images that cannot be read, are too small, or differ
+        from those of ``fit`` in size or in the scale of their pixels.
     TypeError
-        For a container that cannot be read row by row (Dask, sparse tensors, streams).
+        For a container that cannot be read row by row (Dask, sparse tensors, streams), and for a
+        list of tables or a dict.
 
     Notes
     -----
@@ -164,6 +166,8 @@ def check_X(
     }
     with unchanged_on_failure(estimator):  # what an earlier fit learned
         _refuse_table_files(X)
+        _refuse_collections(X)
+        _refuse_masked(X)
         if not images:
             _refuse_images(estimator, X)
         else:
@@ -373,6 +377,7 @@ def _check_anndata(estimator, adata, reset, layer, limits):
             "The AnnData has no .X; name the matrix to read with layer=, one of: "
             f"{some(parent.layers) or '(none)'}."
         )
+    _refuse_masked(matrix)
     if type(matrix).__module__.split(".")[0] == "dask":
         raise TypeError(
             "The AnnData holds a Dask array, which cannot be read row by row. Load it with "
@@ -467,6 +472,31 @@ def _refuse_table_files(X):
             )
 
 
+def _refuse_collections(X):
+    """Say how several tables become one, and that one of several arrays is to be picked."""
+    if isinstance(X, Mapping) and not hasattr(X, "shape"):  # sparse DOK matrices are dicts, too
+        raise TypeError(
+            f"X is a {type(X).__name__} with the keys {some(X) or '(none)'}: give what one of them "
+            "holds, X[key]."
+        )
+    if isinstance(X, list | tuple) and X:
+        for package, table, join in (
+            ("anndata", "AnnData", "anndata.concat(X, label='batch')"),
+            ("pandas", "DataFrame", "pandas.concat(X)"),
+        ):
+            if is_a(X[0], package, table):
+                raise TypeError(f"X is a list of {table}: join them first, as {join}.")
+
+
+def _refuse_masked(X):
+    """Refuse masked values: what lies beneath the mask would be read in silence."""
+    if isinstance(X, np.ma.MaskedArray) and np.ma.is_masked(X):
+        raise ValueError(
+            "X is a masked array with masked values, which are no numbers: leave their rows or "
+            "columns out, or fill them, as X.filled(0)."
+        )
+
+
 def _refuse_images(estimator, X):
     """Say what to do where images are given to an estimator that takes vectors."""
     shape = getattr(X, "shape", ())
@@ -511,10 +541,11 @@ def _image_rows(estimator, X, reset, image_shape):
 
 def _flattened_images(estimator, X, reset, image_shape):
     """(n, h*w*c): scikit-learn's own check, then the shape."""
+    # Files of other machines have words turned round.
+    words = np.dtype(np.uint16)
+    dtypes = [np.float32, np.uint8, words, words.newbyteorder()]
     # Finiteness is looked at where the row is known.
-    array, names = _validated(
-        estimator, X, reset, {}, dtype=[np.float32, np.uint8, np.uint16], ensure_all_finite=False
-    )
+    array, names = _validated(estimator, X, reset, {}, dtype=dtypes, ensure_all_finite=False)
     if not reset and getattr(estimator, "image_shape_", None) is not None:
         image_shape = estimator.image_shape_
     return ImageRows(array, image_shape=image_shape, feature_names=names)

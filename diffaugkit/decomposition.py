@@ -254,9 +254,10 @@ def _gram_components(rows, mean, k):
     gram = np.zeros((n, n), order="F")
     for left, block in rows.blocks():
         centred = _centred(block, mean)
-        for right, other in rows.blocks():
-            if right.start <= left.start:
-                gram[left, right] = centred @ _centred(other, mean).T
+        for right in rows.slices():
+            if right.start > left.start:
+                break  # the other half is the same
+            gram[left, right] = centred @ _centred(rows.block(right), mean).T
     values, vectors = _top_eigenpairs(gram, k)
     components = np.zeros((k, d))
     for part, block in rows.blocks():
@@ -313,11 +314,18 @@ def _krylov_components(rows, mean, k, random_state):
 
 
 def _scatter_product(rows, mean):
-    """Make the function Q -> A Q, float32, of the scatter matrix A = (X - mean)^T (X - mean)."""
+    """Make the function Q -> A Q of the scatter matrix A = (X - mean)^T (X - mean) / unit^2.
+
+    The unit is the power of two next to the spread of the data: in units that are huge or tiny,
+    squares would leave single precision.
+    """
+    spread = np.linalg.norm(_centred(rows.block(slice(64)), mean)) / np.sqrt(64 * rows.shape[1])
+    unit = np.float32(2.0 ** np.clip(np.round(np.log2(spread)), -126, 126) if spread else 1.0)
     mean_32 = mean.astype(np.float32)
     centred = None
     if rows.resident and rows.shape[0] * rows.shape[1] <= _CENTRED_VALUES:
         centred = np.asarray(rows) - mean_32
+        centred /= unit
 
     def multiply(Q):
         if centred is not None:
@@ -327,10 +335,10 @@ def _scatter_product(rows, mean):
         for _, block in rows.blocks():
             if sp.issparse(block):
                 block = block.astype(np.float64)
-                scores = block @ wide - shift
+                scores = (block @ wide - shift) / float(unit) ** 2
                 product += block.T @ scores - np.outer(mean, scores.sum(axis=0))
             else:
-                block = block - mean_32
+                block = (block - mean_32) / unit
                 product += block.T @ (block @ Q)
         return product
 

@@ -16,12 +16,13 @@ import contextlib
 import copy
 import inspect
 import math
+import threading
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffaugkit.networks import Linear
+from diffaugkit.networks import Linear, norm_groups
 
 __all__ = [
     "DENOISERS",
@@ -442,14 +443,12 @@ class UNetDenoiser(nn.Module):
         self.multiple = 2 ** (len(widths) - 1)
         n_attention_levels = min(n_attention_levels, len(widths))
         attends = [level >= len(widths) - n_attention_levels for level in range(len(widths))]
-        # Groups of at least four channels, at most the usual 32 of them.
-        groups = max(n for n in (1, 2, 4, 8, 16, 32) if math.gcd(*widths) % (n * min(4, n)) == 0)
         settings = {
             "in_channels": n_channels,
             "out_channels": n_channels,
             "block_out_channels": widths,
             "layers_per_block": layers_per_block,
-            "norm_num_groups": groups,
+            "norm_num_groups": norm_groups(*widths),
             "resnet_time_scale_shift": "scale_shift",
         }
         if n_condition:
@@ -500,8 +499,13 @@ class UNetDenoiser(nn.Module):
         Middle layers know what a picture shows, as the classes of unseen pictures can be read off
         (Baranchuk et al. 2022, Xiang et al. 2023, "Denoising diffusion autoencoders").
         """
-        found = []
-        hook = self.unet.mid_block.register_forward_hook(lambda _, args, out: found.append(out))
+        found, own = [], threading.get_ident()
+
+        def note(_, args, out):  # other threads may run the same network meanwhile
+            if threading.get_ident() == own:
+                found.append(out)
+
+        hook = self.unet.mid_block.register_forward_hook(note)
         try:
             self(x_t, t)
         finally:

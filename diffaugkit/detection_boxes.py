@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.ndimage import find_objects
 
-from diffaugkit.arrays import to_numpy
+from diffaugkit.arrays import refuse_missing, to_numpy
 from diffaugkit.metrics.detection import check_boxes
 from diffaugkit.metrics.segmentation import check_objects, label_instances
 
@@ -114,7 +114,8 @@ def read_boxes(boxes, images):
     Raises
     ------
     ValueError
-        For another number of entries than images, no boxes, or boxes that stick out.
+        For another number of entries than images, no boxes, boxes that stick out, or missing
+        labels.
     """
     found = check_boxes(boxes)
     if len(found) != len(images):
@@ -129,6 +130,7 @@ def read_boxes(boxes, images):
             "Boxes are in pixels."
         )
     for number, image in enumerate(found):
+        refuse_missing(image["labels"], f"boxes of image {number}", cure="name or drop those boxes")
         height, width = images.size(number)
         inside = (image["boxes"] >= 0) & (image["boxes"] <= [width, height, width, height])
         if not inside.all():

@@ -15,6 +15,7 @@ mIoU (table XV)         ``metrics.mean_box_iou``
 """
 
 import math
+import warnings
 from numbers import Integral, Real
 
 import numpy as np
@@ -44,6 +45,8 @@ __all__ = ["DiffusionDetector"]
 
 # Fewest places along the side of the median object, and pixels between them at most.
 _PLACES, _MOST_STRIDE = 3, 16
+# Share of the boxes that may lie between places, such as slivers at the border of an image.
+_MOST_MISSED = 0.1
 _LEAST_VALIDATED = 0.05
 # COCO's: at 0.5 alone the epochs of few held-out boxes are often equal.
 _IOU_STEPS = tuple(np.linspace(0.5, 0.95, 10))
@@ -254,6 +257,11 @@ class DiffusionDetector(PretrainedUNet):
             box at all.
         TypeError
             If `diffusion` has no U-Net to start from.
+
+        Warns
+        -----
+        UserWarning
+            If more than a tenth of the boxes are too small for `head_stride_`.
         """
         if self.head_width % _GROUPS:
             raise ValueError(f"head_width={self.head_width} must be a multiple of {_GROUPS}.")
@@ -283,8 +291,9 @@ class DiffusionDetector(PretrainedUNet):
             module = KeepBest(network)
             picked = images.take(held)
             validation = self._validation(module, picked, [truth[number] for number in held])
-            known = [images.read(k) for k in held] + [truth[k]["boxes"] for k in held]
-            known += [codes[k] for k in held]
+            sources = (images.read, lambda k: truth[k]["boxes"], codes.__getitem__)
+            # Read where a checkpoint asks for them: a tenth of large files fills the memory.
+            known = (read(k) for read in sources for k in held)
 
         def loss(x, target):
             x, boxes = to_unit(x, pixel_range), target[..., :4]
@@ -416,11 +425,22 @@ class DiffusionDetector(PretrainedUNet):
         return [order[np.searchsorted(self.classes_[order], part)] for part in labels]
 
     def _make_head_stride(self, truth):
-        if self.head_stride != "auto":
-            return int(self.head_stride)
         boxes = np.concatenate([image["boxes"] for image in truth])
-        side = np.median(np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)))
-        return int(min(_MOST_STRIDE, 2 ** max(0, math.floor(math.log2(side / _PLACES)))))
+        sides = boxes[:, 2:] - boxes[:, :2]
+        stride = self.head_stride
+        if stride == "auto":
+            side = np.median(np.sqrt(sides.prod(axis=1)))
+            stride = min(_MOST_STRIDE, 2 ** max(0, math.floor(math.log2(side / _PLACES))))
+        # How likely a place lies in a box, wherever it is.
+        missed = 1 - np.minimum(sides / stride, 1).prod(axis=1).mean()
+        if missed > _MOST_MISSED:
+            warnings.warn(
+                f"At head_stride={stride} about {missed:.0%} of the boxes lie between the places "
+                "that predict one, and are learned as background: give a smaller head_stride.",
+                UserWarning,
+                stacklevel=5,
+            )
+        return int(stride)
 
     def _with_head(self, denoiser):
         return DetectionNetwork(denoiser, len(self.classes_), self.head_width, self.head_stride_)

@@ -43,6 +43,7 @@ from diffaugkit.data import check_X, keep_names_of_rows
 from diffaugkit.embedding_diffusion import (
     EmbeddingConditionedDiffusion,
     check_conditioning,
+    check_generator,
     conditioning_encoder,
     embed_rows,
 )
@@ -243,7 +244,7 @@ class DiffAugEM(TorchTransformer):
         share = self._share(rows)
         if not isinstance(encoder, FrozenEstimator):
             encoder.set_params(positives_prob=share)
-        self._check_frozen(encoder, diffusion)
+        self._check_frozen(encoder, diffusion, rows, labels)
         self._check_map(encoder, diffusion, rows.is_image)
         if not isinstance(diffusion, FrozenEstimator):
             diffusion._check_parts(rows, conditional=True)
@@ -251,10 +252,12 @@ class DiffAugEM(TorchTransformer):
         history = []
 
         schedule = self._schedule(encoder, len(rows), "images" if rows.is_image else "vectors")
-        for number, epochs in enumerate(schedule):
-            phase = "EM" if self.joint else "EM"[number % 2]
-            if epochs == 0:
-                continue
+        phases = [
+            (number, "EM" if self.joint else "EM"[number % 2], epochs)
+            for number, epochs in enumerate(schedule)
+            if epochs > 0
+        ]
+        for (number, phase, epochs), after in zip(phases, [*phases[1:], None], strict=True):
             if "E" in phase:
                 self._set_phase(encoder, phase, number, len(schedule), epochs, warm=number > 0)
             if "M" in phase:
@@ -271,9 +274,9 @@ class DiffAugEM(TorchTransformer):
                     diffusion.fit(rows, None, embeddings=embeddings)
                     # The next E-step gives the encoder new weights; this one keeps these.
                     conditioner = copy.copy(conditioner)
-                if number + 1 < len(schedule):
+                if after is not None and "E" in after[1]:
                     # As many views of a row as the next E-step can be expected to look at.
-                    n_views = min(self.n_views, max(1, round(share * schedule[number + 1])))
+                    n_views = min(self.n_views, max(1, round(share * after[2])))
                     views = diffusion._views(embeddings, n_views, mix_seed(seed, number))
                     positives = list(views)
             part = diffusion if phase == "M" else encoder
@@ -346,7 +349,8 @@ class DiffAugEM(TorchTransformer):
         """
         rows = self._check_rows(X)
         embeddings = self._generator_condition(rows)
-        return self.diffusion_._augment(rows, embeddings, n_per_sample, strength, random_state)
+        made = self.diffusion_._augment(rows, embeddings, n_per_sample, strength, random_state)
+        return self.diffusion_._laid_out(made, getattr(self, "_layout", None))
 
     def quality_report(self, X, labels=None, *, random_state=0):
         """Compare one generated sample per row of `X` with `X`, in the generator's compact space.
@@ -392,16 +396,22 @@ class DiffAugEM(TorchTransformer):
             )
         return self._hand_over(clone(part), random_state=self._child_seed(seed, number))
 
-    def _check_frozen(self, encoder, diffusion):
+    def _check_frozen(self, encoder, diffusion, rows, labels):
         frozen = [isinstance(part, FrozenEstimator) for part in (encoder, diffusion)]
         if self.joint and any(frozen):
             raise ValueError("joint=True trains both parts at once: neither can be frozen.")
-        if frozen[1] and diffusion._condition is None:
-            raise ValueError(
-                "The frozen diffusion is unconditional: it cannot generate views of a sample."
-            )
+        if frozen[1]:
+            check_generator(diffusion.estimator, rows)
         if self.condition in ("embedding", "projection"):
             check_conditioning(encoder, diffusion)
+        if not frozen[1] or labels is None:
+            return
+        width = diffusion._condition["mean"].shape[-1]
+        if len(labels[0]) != width:
+            raise ValueError(
+                f"y has {len(labels[0])} classes, but the frozen diffusion was fitted on "
+                f"conditions of {width} columns, one for each of its classes."
+            )
 
     def _check_map(self, encoder, diffusion, images):
         """Refuse condition="projection" of an encoder that makes no map, before any E-step."""
@@ -463,7 +473,7 @@ class DiffAugEM(TorchTransformer):
             return encoder.project(rows)
         if self.condition == "supervised":
             return np.eye(len(labels[0]), dtype=np.float32)[labels[1]]
-        width = encoder._n_features_out
+        width = _width(encoder)
         rng = np.random.default_rng(self._child_seed(seed, 2))
         return rng.standard_normal((len(rows), width), dtype=np.float32)
 
@@ -570,4 +580,10 @@ class DiffAugEM(TorchTransformer):
 
     @property
     def _n_features_out(self):
-        return self.encoder_._n_features_out
+        return _width(self.encoder_)
+
+
+def _width(encoder):
+    if hasattr(encoder, "_n_features_out"):
+        return encoder._n_features_out
+    return len(encoder.get_feature_names_out())  # of a frozen pipeline

@@ -28,6 +28,7 @@ from sklearn.utils import check_array
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch import nn
 
+from diffaugkit.arrays import to_numpy
 from diffaugkit.base import (
     HasMethods,
     Interval,
@@ -59,6 +60,7 @@ from diffaugkit.diffusion import (
 )
 from diffaugkit.encoder import SelfSupervisedEncoder
 from diffaugkit.encoder_fits import FEW_ROWS
+from diffaugkit.image_inputs import check_image_shape, is_standard
 from diffaugkit.image_rows import ImageRows, from_unit, to_unit
 from diffaugkit.metrics import quality_report
 from diffaugkit.metrics.checks import check_labels
@@ -651,27 +653,19 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             self._hand_over(encoder)
         else:
             encoder = clone(self.encoder)
-        frozen = isinstance(encoder, FrozenEstimator)
-        if not frozen and encoder.get_params().get("random_state", 0) is None:
+        if not isinstance(encoder, FrozenEstimator):
             # One seed makes the whole fit repeatable, as a resumed run has to be.
-            encoder.set_params(random_state=self._child_seed(seed, 0))
+            self._seed_part(encoder, seed, 0)
         return encoder
-
-    def _fit_part(self, part, name, *given):
-        """Fit a part, resumable in a folder of this name unless it has one of its own."""
-        if not isinstance(part, TorchEstimator):
-            return part.fit(*given)
-        own = part.checkpoint_dir
-        if own is None:
-            part.set_params(checkpoint_dir=self._folder(name))
-        return part.fit(*given).set_params(checkpoint_dir=own)
 
     def _check_parts(self, rows, conditional):
         """Refuse parts that do not fit the data, before any of them is trained."""
         if isinstance(self.denoiser, nn.Module):
             check_signature(self.denoiser, conditional)
-        else:
-            self._denoiser_name(rows.is_image)
+        elif self._denoiser_name(rows.is_image) == "unet" and self.block_out_channels != "auto":
+            widths = self.block_out_channels
+            if not (widths and all(isinstance(w, Integral) and w >= 1 for w in widths)):
+                raise ValueError(f"block_out_channels={widths!r} must hold integers of at least 1.")
         if self.autoencoder is None:
             return
         if not rows.is_image:
@@ -810,6 +804,13 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             layout=self._layout,
             pixel_range=self._pixel_range,
         )
+
+    def _laid_out(self, samples, layout):
+        """Give generated images another layout: a frozen model may have seen them in its own."""
+        if self.image_shape_ is None or self._layout == layout:
+            return samples
+        rows = self._image_rows(samples)
+        return from_unit(to_unit(rows[:], rows.pixel_range), rows.pixel_range, layout)
 
     def _conditions(self, n_or_embeddings, seed):
         """Embeddings to draw under, or None for the unconditional model."""
@@ -953,8 +954,7 @@ class _Fit:
             return space, None, image
         autoencoder = clone(estimator.autoencoder)
         if not isinstance(autoencoder, FrozenEstimator):
-            if autoencoder.random_state is None:
-                autoencoder.set_params(random_state=estimator._child_seed(self.seed, 3))
+            estimator._seed_part(autoencoder, self.seed, 3)
             estimator._fit_part(autoencoder, "autoencoder", rows)
         return LatentSpace(space, autoencoder), autoencoder, image
 
@@ -1014,17 +1014,22 @@ def call_seed(random_state, default):
 
 
 def _check_embeddings(embeddings):
-    embeddings = check_array(
+    embeddings = to_numpy(embeddings)
+    return check_array(
         embeddings, dtype=np.float32, input_name="embeddings", allow_nd=np.ndim(embeddings) == 3
     )
-    return embeddings
 
 
 def _as_given(encoder, rows):
-    """Input of an encoder: Rows for ours, images as the caller gave them for any other."""
-    ours = isinstance(getattr(encoder, "estimator", encoder), TorchEstimator)
-    if ours or not rows.is_image:
+    """Input of an encoder: Rows for ours; for any other images as given, and columns with names."""
+    if isinstance(getattr(encoder, "estimator", encoder), TorchEstimator):
         return rows
+    if not rows.is_image:
+        if rows.feature_names is None or not hasattr(encoder, "feature_names_in_"):
+            return rows
+        import pandas as pd
+
+        return pd.DataFrame(np.asarray(rows), columns=rows.feature_names)
     return from_unit(to_unit(rows[:], rows.pixel_range), rows.pixel_range, rows.layout)
 
 
@@ -1083,6 +1088,33 @@ def check_conditioning(encoder, diffusion):
             "The frozen diffusion was fitted on given embeddings, which an encoder that is yet to "
             "learn does not make: give the encoder that made them as "
             "encoder=FrozenEstimator(encoder), or fit the diffusion with that as its encoder."
+        )
+
+
+def check_generator(model, rows):
+    """Refuse a fitted diffusion model whose samples are no views of such rows."""
+    if model._condition is None:
+        raise ValueError(
+            "The frozen diffusion is unconditional: it cannot generate views of a sample."
+        )
+    if rows.is_image != (model.image_shape_ is not None):
+        kinds = ("images", "vectors") if rows.is_image else ("vectors", "images")
+        raise ValueError(f"X holds {kinds[0]}, but the frozen diffusion generates {kinds[1]}.")
+    if not rows.is_image:
+        try:
+            model._check_rows(rows)  # the same columns, by name where both have names
+        except ValueError as error:
+            raise ValueError(
+                f"X is not like what the frozen diffusion was fitted on: {error}"
+            ) from error
+        return
+    check_image_shape("the frozen diffusion", rows.image_shape, model.image_shape_)
+    ours, its = tuple(rows.pixel_range), tuple(model._pixel_range)
+    # Ranges that were learned from values differ between two sets of one scale.
+    if ours != its and any(map(is_standard, (ours, its))):
+        raise ValueError(
+            f"X holds pixels from {ours[0]} to {ours[1]}, but the frozen diffusion was fitted "
+            f"on pixels from {its[0]} to {its[1]}, and generates such: give X on that scale."
         )
 
 

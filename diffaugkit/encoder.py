@@ -32,7 +32,14 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 
 from diffaugkit.arrays import check_groups
-from diffaugkit.base import Interval, StrOptions, TorchTransformer, _fit_context, all_or_nothing
+from diffaugkit.base import (
+    Interval,
+    Options,
+    StrOptions,
+    TorchTransformer,
+    _fit_context,
+    all_or_nothing,
+)
 from diffaugkit.data import check_X, keep_names_of_rows
 from diffaugkit.diffusion import sample_in_batches
 from diffaugkit.encoder_fits import (
@@ -87,6 +94,22 @@ _METHOD_OPTIONS = {
     "queue_size": "auto",
     "warmup_share": 0.0,
     "warmup_teacher_temp": 0.04,
+}
+_SIZE = Interval(Integral, 1, None, closed="left")
+_SHARE = Interval(Real, 0, 1, closed="both")
+_OPTION_CONSTRAINTS = {
+    "bottleneck": [_SIZE],
+    "center_momentum": [_SHARE],
+    "drop_path": [Interval(Real, 0, 1, closed="left")],
+    "frozen_epochs": [Interval(Real, 0, None, closed="left")],
+    "hidden": [_SIZE, StrOptions({"auto"})],
+    "mix": [StrOptions({"logits", "features"})],
+    "n_last": [_SIZE],
+    "norm_hidden": [Options(bool, {True, False}), StrOptions({"auto"})],
+    "norm_last": [Options(bool, {True, False})],
+    "queue_size": [_SIZE, StrOptions({"auto"})],
+    "warmup_share": [_SHARE],
+    "warmup_teacher_temp": [Interval(Real, 0, None, closed="neither")],
 }
 
 
@@ -673,10 +696,12 @@ class SelfSupervisedEncoder(TorchTransformer):
             raise ValueError(
                 f"hidden_sizes={self.hidden_sizes!r} must hold integers of at least 1."
             )
-        if self._option("mix") not in ("logits", "features"):
-            raise ValueError(
-                f"method_options: mix={self._option('mix')!r} must be 'logits' or 'features'."
-            )
+        for name, value in given.items():
+            allowed = _OPTION_CONSTRAINTS[name]
+            if not any(constraint.is_satisfied_by(value) for constraint in allowed):
+                raise ValueError(
+                    f"method_options: {name}={value!r} must be {' or '.join(map(str, allowed))}."
+                )
 
     # ---- the network -----------------------------------------------------------------------------
 

@@ -43,6 +43,14 @@ class VectorFit:
     def __init__(self, encoder, rows, positives, interpolations, groups, seed):
         device = encoder._device()
         self.encoder, self.seed = encoder, seed
+        backbone = encoder.backbone
+        vectors = isinstance(backbone, str) and backbone in ("auto", "mlp")
+        if not vectors or encoder.pretrained is not None:
+            raise ValueError(
+                f"X of shape {rows.shape} holds vectors, but backbone and pretrained are for "
+                "images: say how its rows make an image with image_shape=(height, width, "
+                "channels), or leave both parameters out."
+            )
         if interpolations is not None:
             raise ValueError("interpolations are for images; for vectors there are positives.")
         going_on = encoder._goes_on()
@@ -138,7 +146,8 @@ class ImageFit:
         out_dim = auto_out_dim(encoder, rows, self.method)
         self.module = _make_objective(
             self,
-            lambda: encoder._make_image_network(shape, out_dim),
+            # What goes on has its weights already, and needs no file of others.
+            lambda: encoder._make_image_network(shape, out_dim, load=not encoder._goes_on()),
             images=True,
             out_dim=out_dim,
         )
@@ -277,10 +286,10 @@ def auto_out_dim(encoder, rows, method):
     """Prototypes of DINO's head: a power of two that follows the number of samples."""
     if method != "dino":
         return None
-    if encoder._goes_on() and encoder.out_dim_ is not None:
-        return encoder.out_dim_
     if encoder.out_dim != "auto":
         return encoder.out_dim
+    if encoder._goes_on() and encoder.out_dim_ is not None:
+        return encoder.out_dim_
     return int(min(65536, max(256, 2 ** round(math.log2(len(rows))))))
 
 

@@ -41,13 +41,13 @@ from diffaugkit.embedding_diffusion import (
     EmbeddingConditionedDiffusion,
     call_seed,
     check_conditioning,
+    check_generator,
     conditioning_encoder,
     embed_rows,
     interpolate_rows,
 )
 from diffaugkit.encoder import SelfSupervisedEncoder
 from diffaugkit.encoder_fits import draw_partners
-from diffaugkit.image_inputs import check_image_shape, is_standard
 from diffaugkit.image_rows import ImageRows
 from diffaugkit.image_store import refuse_other_run, stored_samples
 from diffaugkit.metrics.checks import check_labels
@@ -250,11 +250,12 @@ class GenSIS(TorchTransformer):
         vanilla, encoder = self._encoders(seed)
         interpolates = self._interpolates(encoder)
         diffusion = self._generator(seed)
-        if isinstance(diffusion, EmbeddingConditionedDiffusion):
-            diffusion._check_parts(rows, conditional=True)
-        elif isinstance(diffusion, FrozenEstimator):
-            self._check_frozen(diffusion.estimator, rows)
+        if isinstance(diffusion, FrozenEstimator):
+            check_is_fitted(diffusion.estimator)
+            check_generator(diffusion.estimator, rows)
             check_conditioning(vanilla, diffusion)
+        else:
+            diffusion._check_parts(rows, conditional=True)
         rng = np.random.default_rng(mix_seed(seed, _INTERPOLATIONS))
         alphas = rng.choice(alphas, size=len(rows)).astype(np.float32)
         pairs = (partners, alphas) if interpolates else None
@@ -330,7 +331,8 @@ class GenSIS(TorchTransformer):
         check_is_fitted(self, "encoder_")
         rows = self._check_input(X, reset=False)
         conditions = embed_rows(self._listened_to(), rows)
-        return self.diffusion_._augment(rows, conditions, n_per_sample, strength, random_state)
+        made = self.diffusion_._augment(rows, conditions, n_per_sample, strength, random_state)
+        return self.diffusion_._laid_out(made, self._layout)
 
     def interpolate(self, X_a, X_b, alpha=0.5, *, kind="slerp", random_state=None):
         """Generate images between two sets of images.
@@ -355,7 +357,8 @@ class GenSIS(TorchTransformer):
         ends = (self._check_input(X, reset=False) for X in (X_a, X_b))
         ends = (embed_rows(self._listened_to(), rows) for rows in ends)
         between = interpolate_rows(*ends, alpha, kind)
-        return self.diffusion_.sample(between, random_state=random_state)
+        made = self.diffusion_.sample(between, random_state=random_state)
+        return self.diffusion_._laid_out(made, self._layout)
 
     def quality_report(self, X, labels=None, *, random_state=0):
         """Compare one generated image per image of `X` with `X`.
@@ -386,12 +389,17 @@ class GenSIS(TorchTransformer):
         seed = call_seed(random_state, 0)
         source = report_rows(len(rows), seed)
         made = self.diffusion_.sample(real[source], random_state=seed)
-        made = embed_rows(encoder, self._check_input(made, reset=False))
+        made = embed_rows(encoder, self._generated_rows(self.diffusion_, made))
         return quality_report(real, made, source, labels=labels, random_state=seed)
 
     def _listened_to(self):
         """Give the encoder whose embeddings the generator knows."""
         return conditioning_encoder(self.vanilla_encoder_, self.diffusion_)
+
+    def _generated_rows(self, diffusion, images):
+        """Make Rows of generated images; a frozen generator may have another layout."""
+        generator = getattr(diffusion, "estimator", diffusion)
+        return self._check_input(generator._image_rows(images), reset=False)
 
     # ---- stages ----------------------------------------------------------------------------------
 
@@ -452,10 +460,16 @@ class GenSIS(TorchTransformer):
 
     def _generator(self, seed):
         diffusion = self.diffusion
-        if isinstance(diffusion, FrozenEstimator):
-            return diffusion
         if diffusion == "auto":
             diffusion = EmbeddingConditionedDiffusion(encoder=None, **self._sizes())
+        generator = getattr(diffusion, "estimator", diffusion)
+        if not isinstance(generator, EmbeddingConditionedDiffusion):
+            raise TypeError(
+                f"{type(generator).__name__} does not generate images from embeddings: give an "
+                "EmbeddingConditionedDiffusion, or FrozenEstimator(...) of a fitted one."
+            )
+        if isinstance(diffusion, FrozenEstimator):
+            return diffusion
         diffusion = clone(diffusion)
         self._set_common(diffusion, "diffusion", self._child_seed(seed, 1))
         return diffusion
@@ -468,23 +482,6 @@ class GenSIS(TorchTransformer):
     def _set_common(self, part, stage, seed):
         self._hand_over(part, random_state=seed, checkpoint_dir=self._folder(stage))
         part._description = f"Gen-SIS {stage}"
-
-    def _check_frozen(self, model, rows):
-        """Refuse a fitted diffusion that cannot make images like these, before any work."""
-        check_is_fitted(model)
-        if model.image_shape_ is None or model._condition is None:
-            kind = "of vectors" if model.image_shape_ is None else "unconditional"
-            raise ValueError(
-                f"The frozen diffusion is {kind}: it cannot generate views of an image."
-            )
-        check_image_shape("the frozen diffusion", rows.image_shape, model.image_shape_)
-        ours, its = tuple(rows.pixel_range), tuple(model._pixel_range)
-        # Ranges that were learned from values differ between two sets of one scale.
-        if ours != its and any(is_standard(scale) for scale in (ours, its)):
-            raise ValueError(
-                f"X holds pixels from {ours[0]} to {ours[1]}, but the frozen diffusion was fitted "
-                f"on pixels from {its[0]} to {its[1]}, and generates such: give X on that scale."
-            )
 
     def _seed(self):
         # As with a `checkpoint_dir`: another start could use nothing of what was stored.
@@ -536,9 +533,7 @@ class GenSIS(TorchTransformer):
             # A shard has a seed of its own: its images do not depend on the shards before it.
             number = mix_seed(run["seed"], int(index[0])) % 2**32
             made = diffusion.sample(conditions[index], random_state=number)
-            if isinstance(generator, EmbeddingConditionedDiffusion):
-                made = generator._image_rows(made)  # a frozen one may have another layout
-            return self._check_input(made, reset=False)[np.arange(len(index))]
+            return self._generated_rows(diffusion, made)[np.arange(len(index))]
 
         return ImageRows.like(rows, stored_samples(folder, len(rows), generate, run))
 

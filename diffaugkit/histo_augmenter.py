@@ -46,6 +46,7 @@ from diffaugkit.base import (
 )
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X
+from diffaugkit.denoisers import UNetDenoiser
 from diffaugkit.diffusion import SAMPLERS, sample_in_batches
 from diffaugkit.embedding_diffusion import (
     EmbeddingConditionedDiffusion,
@@ -505,13 +506,15 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         """Fit; give the rows of `X` and of the pool, class numbers and features of the former."""
         import pandas as pd
 
-        # What can be refused is refused before minutes of training.
+        # What can be refused is refused before minutes of training: an unfitted encoder, too.
         classes, codes, wanted = self._check_targets(y)
         seed = self._seed()
+        diffusion, rows, pool = self._read(X, codes, unlabeled, seed)
+        self.encoder_ = self._fit_encoder(rows, classes[codes], seed)
+        features = None if self.encoder_ is None else self._features(rows)
 
         # Pre-training, without labels.
-        diffusion, rows, pool = self._pretrain(X, codes, unlabeled, seed)
-        generator = getattr(diffusion, "estimator", diffusion)
+        generator = self._pretrain(diffusion, rows if pool is None else pool)
 
         # Fine-tuning: the decoder, then the classifier of noised latents.
         weight, history = self._weight_of(codes), []
@@ -541,9 +544,8 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             vars(self).pop(name, None)
 
         # Selection: centroids of real samples alone.
-        self.encoder_ = self._fit_encoder(rows, classes[codes], seed)
         self._fit_judge(rows)
-        features = self._features(rows)
+        features = self._features(rows) if features is None else features
         self.centroids_ = np.stack([features[codes == k].mean(0) for k in range(len(classes))])
         self.guidance_scale_ = self._find_guidance(self._child_seed(seed, _TRIAL))
         self.history_ = pd.DataFrame(history)
@@ -564,11 +566,8 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             raise ValueError(f"y has one class, {classes.tolist()}, but at least two are needed.")
         return classes, codes, count_wanted(self.sampling_strategy, targets, ratio=self.ratio)
 
-    def _pretrain(self, X, codes, unlabeled, seed):
-        """Give the generator, its rows of `X`, and those of the pool or None.
-
-        The generator is fitted to the pool where it is not yet.
-        """
+    def _read(self, X, codes, unlabeled, seed):
+        """Give the generator, frozen or to be fitted, its rows of `X`, and of the pool or None."""
         diffusion, pool = self.diffusion, None
         generator = getattr(diffusion, "estimator", diffusion)
         if not isinstance(diffusion, str) and not isinstance(
@@ -588,7 +587,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             rows = generator._check_rows(X, self.image_shape)
             check_consistent_length(range(len(rows)), codes)
         else:
-            diffusion = generator = self._make_diffusion(seed)
+            diffusion = self._make_diffusion(seed)
             gate = {
                 "layer": diffusion.layer,
                 "image_shape": diffusion.image_shape,
@@ -610,23 +609,25 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
                 rows = DenseRows(rows[:].numpy(), rows.feature_names)
             if self.diffusion == "auto" and rows.is_image and max(rows.shape[2:]) >= _LARGE:
                 diffusion.set_params(autoencoder=self._hand_over(LatentAutoencoder()))
-            own = diffusion.checkpoint_dir
-            if own is None:
-                diffusion.set_params(checkpoint_dir=self._folder("diffusion"))
-            diffusion.fit(rows if pool is None else pool).set_params(checkpoint_dir=own)
+        return diffusion, rows, pool
+
+    def _pretrain(self, diffusion, rows):
+        """Fit the generator where it is not frozen, and give it."""
+        generator = getattr(diffusion, "estimator", diffusion)
+        if generator is diffusion:
+            self._fit_part(diffusion, "diffusion", rows)
         self.n_features_in_ = generator.n_features_in_
         vars(self).pop("feature_names_in_", None)
         if hasattr(generator, "feature_names_in_"):
             self.feature_names_in_ = generator.feature_names_in_
-        return diffusion, rows, pool
+        return generator
 
     def _make_diffusion(self, seed):
         if isinstance(self.diffusion, str):
             diffusion = self._hand_over(EmbeddingConditionedDiffusion(encoder=None))
         else:
             diffusion = clone(self.diffusion)
-        if diffusion.random_state is None:
-            diffusion.set_params(random_state=self._child_seed(seed, _DIFFUSION))
+        self._seed_part(diffusion, seed, _DIFFUSION)
         # How to read X: the one that has it tells the other.
         for name in ("layer", "image_shape"):
             if getattr(diffusion, name) is None:
@@ -725,8 +726,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         encoder = clone(self.encoder)
         if isinstance(encoder, FrozenEstimator):
             return encoder
-        if encoder.get_params().get("random_state", 0) is None:
-            encoder.set_params(random_state=self._child_seed(seed, _ENCODER))
+        self._seed_part(encoder, seed, _ENCODER)
         return encoder.fit(_as_given(encoder, rows), y)
 
     def _weight_of(self, codes):
@@ -767,8 +767,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         scales, most, missed = np.ones(n_classes), np.zeros(n_classes), np.arange(n_classes)
         for scale in _SCALES:
             codes = np.repeat(missed, _TRIAL_SIZE)
-            samples = self._generate(codes, seed, np.full(n_classes, scale))
-            distances = cdist(self._features(self._rows_of(samples)), self.centroids_)
+            _, _, distances = self._judged(codes, seed, np.full(n_classes, scale))
             right = (distances.argmin(axis=1) == codes).reshape(-1, _TRIAL_SIZE).mean(axis=1)
             better = right > most[missed]
             scales[missed[better]], most[missed[better]] = scale, right[better]
@@ -813,6 +812,12 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             return space.output(decoded)
         return from_unit(decoded, self._pixel_range, self._layout)
 
+    def _judged(self, codes, seed, scales=None):
+        """Guided samples, their features (n, F), and distances to all centroids (n, K)."""
+        samples = self._generate(codes, seed, scales)
+        features = self._features(self._rows_of(samples))
+        return samples, features, cdist(features, self.centroids_)
+
     def _rows_of(self, samples):
         """Rows of generated samples, as the gate would make them."""
         return DenseRows(samples) if self.image_shape_ is None else self._image_rows(samples)
@@ -842,7 +847,8 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         if hasattr(self, "_judge"):
             t = self._generator()._diffusion().n_timesteps // _FEATURE_LEVEL
             denoiser = self._generator().module_.to(device).eval()
-            middle = getattr(denoiser, "features", None)
+            # Of a user's own module `features` may be anything.
+            middle = denoiser.features if isinstance(denoiser, UNetDenoiser) else None
         else:  # saved before: the classifier judged
             middle = self.module_.to(device).eval().features
 
@@ -929,16 +935,14 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
         return [(name, self.sampling_strategy_[name]) for name in self.classes_.tolist()]
 
     def _candidates(self, code, wanted):
-        """Candidates of one class, their features, and distances to all centroids (n, K)."""
+        """Candidates of one class, as `_judged` gives them."""
         size = wanted if self.selection == "random" else math.ceil(self.n_candidates * wanted)
         parts, n_right = [], 0
         for number in range(_MOST_ROUNDS):
             # One at least: also a class that gets none knows the form of its samples.
             numbers = np.full(max(1, size), code)
-            samples = self._generate(numbers, mix_seed(self._sampling_seed, code, number))
-            features = self._features(self._rows_of(samples))
-            distances = cdist(features, self.centroids_)
-            parts.append((samples[:size], features[:size], distances[:size]))
+            found = self._judged(numbers, mix_seed(self._sampling_seed, code, number))
+            parts.append([part[:size] for part in found])
             n_right += int((parts[-1][2].argmin(axis=1) == code).sum())
             if self.selection == "random" or n_right >= wanted:
                 break
@@ -951,7 +955,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
                 f"(near-copies: below {NEAR_COPY}): they repeat real samples and add little. "
                 "Train the generator on more samples that need no labels, or for fewer epochs.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         short = [row for row in table if row["kept"] < row["wanted"]]
         if not short:
@@ -966,7 +970,7 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             f"nearest to the centroid of their class: {shown}. A larger guidance_scale or "
             "n_candidates, a longer training of the generator, or selection='random' give more.",
             ConvergenceWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
     def __sklearn_tags__(self):  # noqa: D105

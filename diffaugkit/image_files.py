@@ -1,7 +1,8 @@
 """Images that are decoded as they are read: files, folders, PIL images, Datasets and tar shards.
 
 What can be known without decoding is checked before any work: that every file is there, is an
-image, and has the size and the kind of the others. The kinds are greyscale ("1", "L", "LA"), colour
+image, is not cut off, and has the size and the kind of the others. Formats that do not say where
+they end (BMP, PPM) are decoded for that. The kinds are greyscale ("1", "L", "LA"), colour
 ("RGB", palettes, "CMYK" and the like, converted to RGB as torchvision does, an alpha channel is
 dropped), 16-bit greyscale (float32, pixel range (0, 65535)) and 32-bit float greyscale. Files of
 several images, such as stacks of channels, are refused. A camera's orientation mark is ignored, as
@@ -34,7 +35,7 @@ _READ_AS = {
 _KINDS = {"L": "greyscale", "RGB": "colour", "I;16": "16-bit greyscale", "F": "float greyscale"}
 # torchvision's list for ImageFolder, so that the same files are found.
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# The last bytes of a whole file, for the two formats that say where they end.
+# The last bytes of a whole file, for two formats that say where they end.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _MOST_THREADS = 8
 # Below this many pixels an image is decoded faster than a thread is handed its work.
@@ -169,6 +170,10 @@ class FileImageRows(_DecodedRows):
                     "images."
                 )
             _refuse_frames(_n_frames(item), name)
+            try:
+                _refuse_long_words(item)
+            except Exception as error:
+                raise _unreadable(name, error) from error
             return _kind_of(item, name)
         try:
             with Path(item).open("rb") as file:
@@ -195,7 +200,7 @@ class FileImageRows(_DecodedRows):
 
 
 class DatasetRows(_DecodedRows):
-    """Rows of a map-style Dataset of torch, which is asked for items as they are read.
+    """Rows of a map-style Dataset, torch's or alike, which is asked for items as they are read.
 
     Every item is looked at once here, as only that tells sizes and pixel values. Give the dataset
     without random transforms: the estimators make their views themselves.
@@ -447,6 +452,8 @@ def expand_shards(pattern):
         [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
         for first, last in zip(parts[1::3], parts[2::3], strict=True)
     ]
+    if not all(ranges):
+        raise ValueError(f"The range of shards in {pattern} ends before it begins.")
     return [
         "".join(text + number for text, number in zip(parts[::3], [*numbers, ""], strict=True))
         for numbers in product(*ranges)
@@ -540,17 +547,34 @@ def _checked_header(file, name):
     try:
         with Image.open(file) as image:
             n_frames = _n_frames(image)
-            end = _ENDS.get(image.format)
-            if end is not None:
-                file.seek(-min(64, file.seek(0, os.SEEK_END)), os.SEEK_END)
-                # Some cameras write more behind the end: only decoding can tell.
-                if end not in file.read():
-                    file.seek(0)
-                    Image.open(file).load()
+            if _may_be_cut(image, file) or image.mode == "I":
+                file.seek(0)
+                with Image.open(file) as again:
+                    again.load()
+                    _refuse_long_words(again)
     except Exception as error:  # a broken header can raise anything
         raise _unreadable(name, error) from error
     _refuse_frames(n_frames, name)
     return _kind_of(image, name)
+
+
+def _may_be_cut(image, file):
+    """Whether only decoding can tell that an open file is whole."""
+    size = file.seek(0, os.SEEK_END)
+    if image.format in _ENDS:
+        # Some cameras write more behind the end.
+        file.seek(-min(64, size), os.SEEK_END)
+        return _ENDS[image.format] not in file.read()
+    if image.format == "TIFF":
+        ends = [
+            start + length
+            for starts, lengths in ((273, 279), (324, 325))  # of its strips, or of its tiles
+            for start, length in zip(
+                image.tag_v2.get(starts, ()), image.tag_v2.get(lengths, ()), strict=False
+            )
+        ]
+        return not ends or max(ends) > size
+    return image.format != "WEBP"  # which Pillow opens as a whole
 
 
 def _common(headers, named):
@@ -592,10 +616,17 @@ def _pixels(image, kind):
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow warns where the transparency is dropped at once
         return np.asarray(image if image.mode == kind else image.convert(kind))
+    _refuse_long_words(image)
     values = np.asarray(image)
-    if image.mode == "I" and values.size and not 0 <= values.min() <= values.max() <= WORDS[1]:
-        raise ValueError("its 32-bit integers are not 16-bit grey values (0 to 65535)")
     return values.astype(np.uint16 if kind == "I;16" else np.float32, copy=False)
+
+
+def _refuse_long_words(image):
+    """Refuse 32-bit integers that are no 16-bit grey values."""
+    if image.mode == "I":
+        low, high = image.getextrema() or (0, 0)  # None of an image without pixels
+        if not 0 <= low <= high <= WORDS[1]:
+            raise ValueError("its 32-bit integers are not 16-bit grey values (0 to 65535)")
 
 
 def _key(name):

@@ -84,10 +84,10 @@ def rows_of_images(X, known_shape=None, known_layout=None):
         raise TypeError("X is a DataLoader; batches are made here: give its dataset, X.dataset.")
     if is_a(X, "torch", "IterableDataset") or (hasattr(X, "__next__") and not hasattr(X, "shape")):
         raise TypeError(
-            f"X is a stream ({type(X).__name__}), which has no order to come back to: give a "
-            "map-style Dataset, or the pattern of the shards as a str."
+            f"X is a stream ({type(X).__name__}), which has no order to come back to: give a list, "
+            "a map-style Dataset, or the pattern of the shards as a str."
         )
-    if is_a(X, "torch", "Dataset"):
+    if _is_dataset(X):
         return DatasetRows(X)
     if is_a(X, "torch", "Tensor"):
         return _rows_of_array(X, known_shape, known_layout)
@@ -111,6 +111,20 @@ def _rows_of_array(X, known_shape, known_layout):
         if shape == (channels, height, width) and shape != (height, width, channels):
             first = "channels_first"
     return ImageRows(X, layout=first)
+
+
+def _is_dataset(X):
+    """Tell a map-style Dataset: torch asks for two methods, not for its base class."""
+    if is_a(X, "torch", "Dataset"):
+        return True
+    known = isinstance(X, list | tuple) or hasattr(X, "shape") or hasattr(X, "__array__")
+    if known or not (hasattr(X, "__getitem__") and hasattr(X, "__len__") and len(X)):
+        return False
+    try:
+        first = X[0]
+    except (LookupError, TypeError):
+        return False
+    return _is_image(first[0] if isinstance(first, list | tuple) and first else first)
 
 
 def _is_image(value):
@@ -159,7 +173,7 @@ def _rows_of_list(X, known_shape, known_layout):
 
 def _images_at(path):
     """Find a folder of images, or shards."""
-    if path.endswith(".tar"):
+    if path.endswith((".tar", ".tar.gz", ".tgz")):
         return ShardRows(path)
     if Path(path).is_dir():
         return FileImageRows(list_images(path)[0])

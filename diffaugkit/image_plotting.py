@@ -518,7 +518,10 @@ def _nearest_images(generated, real, n_rows, extractor, image_shape):
 def _read(images, image_shape=None):
     """Return images of any kind as an array (n, h, w, c): paths are read as estimators do."""
     some = [images] if isinstance(images, str | os.PathLike) else images
-    if len(some) and isinstance(next(iter(some)), str | os.PathLike):
+    if not len(some):
+        raise ValueError("There are no images to draw.")
+    is_table = hasattr(images, "columns")  # its entries are the names of these
+    if not is_table and isinstance(next(iter(some)), str | os.PathLike):
         from diffaugkit.image_inputs import rows_of_images
 
         images = rows_of_images(images)[:]  # a tensor (n, c, h, w)

@@ -217,7 +217,11 @@ def resolve_image_shape(image_shape, shape, *, is_flat=False):
     >>> resolve_image_shape((8, -1, 3), (8 * 6 * 3,), is_flat=True)
     (8, 6, 3)
     """
-    asked = tuple(int(size) for size in image_shape)
+    try:
+        asked = tuple(int(size) for size in image_shape)
+        asked = asked if asked == tuple(image_shape) else ()  # 4.5 is no number of pixels
+    except (TypeError, ValueError):
+        asked = ()
     if len(asked) != 3 or asked.count(-1) > 1 or any(size < 1 and size != -1 for size in asked):
         raise ValueError(
             f"image_shape={image_shape!r} must be (height, width, channels), three numbers of at "

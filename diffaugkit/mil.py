@@ -100,10 +100,10 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
 
     Notes
     -----
-    Bags come in two forms. A list of arrays (n_i, d), with one label per array. Or a table (n, d)
-    with `groups`, which name the bag of each row, as a patch table does: all results are then in
-    the order of ``np.unique(groups)``. A table without `groups` holds bags of one instance each;
-    after a fit with `groups` it is refused.
+    Bags come in two forms. A list of arrays (n_i, d), with one label per array; DataFrames in it go
+    by the names of their columns. Or a table (n, d) with `groups`, which name the bag of each row,
+    as a patch table does: all results are then in the order of ``np.unique(groups)``. A table
+    without `groups` holds bags of one instance each; after a fit with `groups` it is refused.
 
     With `groups` labels are one per row, the same for all rows of a group, or one per group: by
     name, where they are a Series whose index holds the groups in any order, such as
@@ -234,7 +234,7 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         if len(self.classes_) < 2:
             raise ValueError(f"y has one class, {labels.tolist()[0]!r}: two are needed.")
         weight = compute_class_weight(self.class_weight, classes=self.classes_, y=labels)
-        instances = torch.as_tensor(np.asarray(rows, np.float32))
+        instances = rows.tensor if rows.resident else torch.from_numpy(np.asarray(rows))
         spread = instances.double().std(dim=0, correction=0)
         self.mean_ = instances.double().mean(dim=0).float().numpy()
         self.scale_ = torch.where(spread > 0, spread, 1.0).float().numpy()
@@ -356,10 +356,13 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
 
     def _bags(self, X, groups, *, reset):
         """Rows of all instances, an (start, stop) of each bag in an order, and that order."""
+        import pandas as pd
+
         if _is_list_of_bags(X):
             if groups is not None:
                 raise ValueError("groups name the bag of each row of a table, but X is a list.")
-            parts = [np.asarray(to_numpy(bag)) for bag in X]
+            names, tables = _by_name(X)
+            parts = [np.asarray(to_numpy(bag)) for bag in tables]
             for number, part in enumerate(parts):
                 if part.ndim != 2 or not len(part) or part.shape[1] != parts[0].shape[1]:
                     width = parts[0].shape[1] if parts[0].ndim == 2 else "d"
@@ -367,7 +370,10 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
                         f"The bag in row {number} of X has shape {part.shape}, expected (n, "
                         f"{width}) with n of at least 1, a dense table."
                     )
-            rows = check_X(self, np.concatenate(parts), reset=reset)
+            instances = np.concatenate(parts)
+            if names is not None:
+                instances = pd.DataFrame(instances, columns=names)
+            rows = check_X(self, instances, reset=reset)
             stops = np.cumsum([len(part) for part in parts])
             return rows, _spans(stops), np.arange(len(rows))
         rows = check_X(self, X, reset=reset, layer=self.layer)
@@ -542,6 +548,26 @@ def _is_list_of_bags(X):
     if isinstance(first, list | tuple):
         return len(first) > 0 and np.ndim(first[0]) == 1
     return len(getattr(first, "shape", ())) == 2
+
+
+def _by_name(bags):
+    """Names of the columns of the first bag or None, and all bags with theirs in its order."""
+    import pandas as pd
+
+    tables = list(bags)
+    if not isinstance(tables[0], pd.DataFrame):
+        return None, tables
+    names = tables[0].columns
+    for number, bag in enumerate(tables):
+        if not isinstance(bag, pd.DataFrame) or bag.columns.equals(names):
+            continue
+        if not bag.columns.is_unique or set(bag.columns) != set(names):
+            raise ValueError(
+                f"The bag in row {number} of X has the columns {some(bag.columns)}, but that in "
+                f"row 0 has {some(names)}: all bags must have the same."
+            )
+        tables[number] = bag[names]
+    return names, tables
 
 
 def _labels_of_bags(y, n_bags, groups):

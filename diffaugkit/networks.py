@@ -7,6 +7,7 @@ what the loss compares; ``network.embed(x)`` gives y, ``network.head(y)`` gives 
 import copy
 import inspect
 import itertools
+import math
 import os
 import pickle
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["DINOHead", "EmbeddingMLP", "ImageEmbedder", "Linear", "mlp_head"]
+__all__ = ["DINOHead", "EmbeddingMLP", "ImageEmbedder", "Linear", "mlp_head", "norm_groups"]
 
 # Fewer output columns than this, and a CPU's matrix product may round a row by its place.
 _EVEN_COLUMNS = 16
@@ -45,6 +46,21 @@ class Linear(nn.Linear):
         missing = _EVEN_COLUMNS - n
         bias = None if self.bias is None else F.pad(self.bias, (0, missing))
         return F.linear(x, F.pad(self.weight, (0, 0, 0, missing)), bias)[..., :n]
+
+
+def norm_groups(*widths):
+    """Give the groups of a GroupNorm that serves layers of all these widths: 32, or fewer.
+
+    Of at least four channels each, two in narrow layers: where every channel has a norm of its own,
+    the last layers before the pixels forget how bright an image is.
+
+    Examples
+    --------
+    >>> norm_groups(128, 256), norm_groups(32, 64), norm_groups(12)
+    (32, 8, 2)
+    """
+    shared = math.gcd(*widths)
+    return max(n for n in (1, 2, 4, 8, 16, 32) if shared % (n * min(4, n)) == 0)
 
 
 class EmbeddingMLP(nn.Module):
@@ -451,11 +467,12 @@ _WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 def _load_weights(model, path):
     """Read a file of weights; nothing of it is executed."""
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise ValueError(
             f"pretrained={os.fspath(path)!r} is no file, and no tag of timm's weights."
         )
-    if Path(path).suffix == ".safetensors":
+    if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         weights = load_file(path)

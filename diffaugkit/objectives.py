@@ -343,6 +343,12 @@ class DINOObjective(_WithTeacher):
         """The teacher, which DINO's authors evaluate."""
         return self.teacher
 
+    def compile(self, *args, **kwargs):
+        """Compile the parts of the networks, which the loss calls one by one."""
+        for network in self.children():
+            for part in network.children():
+                part.compile(*args, **kwargs)
+
     def temperature(self):
         """Temperature of the teacher at this step, as a tensor: nobody waits for its value."""
         n_warmup = max(round(self.warmup_share * self.n_steps), 1)

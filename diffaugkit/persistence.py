@@ -40,6 +40,7 @@ import safetensors.torch
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.frozen import FrozenEstimator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 try:
     import fcntl
@@ -64,6 +65,8 @@ MAX_DOCUMENT_SIZE = 64 * 2**20
 MAX_TENSORS_SIZE = 16 * 2**30
 MAX_HEADER_SIZE = 100_000_000
 MAX_DEPTH = 64
+# Values that building a module may take beside several times its weights: tables, temporaries.
+SPARE_VALUES = 2**28
 
 _FORMAT = "diffaugkit-model"
 _MANIFEST = "manifest.json"
@@ -437,7 +440,7 @@ class _Packer:
         module = getattr(module, "_orig_mod", module)  # torch.compile wraps
         weights = module.state_dict()
         # A model that could be written but never read again is the worst that a save can do.
-        if _shapes(weights) != _shapes(_rebuild(estimator).state_dict()):
+        if _shapes(weights) != _shapes(_rebuild(estimator, weights).state_dict()):
             raise ValueError(
                 f"{where}: the weights do not fit the parameters of {type(estimator).__name__}, "
                 "which were changed after fit; set them back or call fit again, then save"
@@ -586,7 +589,7 @@ class _Unpacker:
     def _module(self, packed, estimator):
         weights = {key: self._tensor(name) for key, name in packed["tensors"].items()}
         estimator._validate_params()
-        module = _rebuild(estimator)
+        module = _rebuild(estimator, weights)
         for key, value in module.state_dict(keep_vars=True).items():
             # load_state_dict copies into the dtype that is there; what was bf16 shall stay so.
             if key in weights and value.is_floating_point() and weights[key].is_floating_point():
@@ -603,9 +606,26 @@ def _unpack(unpacker, document, name):
         raise ModelFileError(f"{name}: {error or type(error).__name__}") from error
 
 
-def _rebuild(estimator):
-    with torch.random.fork_rng(devices=[]):
+def _rebuild(estimator, weights):
+    with torch.random.fork_rng(devices=[]), _Bounded(sum(w.numel() for w in weights.values())):
         return estimator._build()
+
+
+class _Bounded(TorchDispatchMode):
+    """Stop what makes far more values than there are weights: a forged size would fill memory."""
+
+    def __init__(self, n_weights):
+        super().__init__()
+        self._left = 8 * n_weights + SPARE_VALUES
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        # New is what shares no memory with an argument. Each module takes room of its own.
+        if isinstance(found, torch.Tensor) and func._schema.returns[0].alias_info is None:
+            self._left -= max(found.numel(), 1024)
+            if self._left < 0:
+                raise ValueError("the parameters make a module far larger than the saved weights")
+        return found
 
 
 def _find_class(name):

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from numbers import Integral
 
 import numpy as np
 
-from diffaugkit.arrays import embedder
+from diffaugkit.arrays import embedder, to_numpy
 from diffaugkit.image_plotting import AttentionDisplay, InterpolationDisplay, SampleGridDisplay
 from diffaugkit.segmentation_plotting import SegmentationDisplay
 
@@ -165,8 +166,8 @@ class EmbeddingDisplay:
             Area of a marker in points squared. None shrinks it with the number of samples, from
             30 for a few hundred to 1 for twenty thousand and more.
         palette : sequence of colours, or dict of label to colour, default=None
-            Colours of the classes. None takes a colour-blind friendly palette of 30, and evenly
-            spaced hues for more classes than that.
+            Colours of the classes, one for each at least. None takes a colour-blind friendly
+            palette of 30, and evenly spaced hues for more classes than that.
         cmap : str or Colormap, default="viridis"
             Colours of float labels.
         legend : {"outside", "on_data", None}, default="outside"
@@ -602,6 +603,8 @@ def _palette(names, palette):
         return {name: palette[name] for name in names}
     colors = PALETTE if palette is None else list(palette)
     if len(names) > len(colors):
+        if palette is not None:
+            raise ValueError(f"palette has {len(colors)} colours for {len(names)} classes.")
         from matplotlib import colormaps
 
         colors = colormaps["turbo"](np.linspace(0.02, 0.98, len(names)))
@@ -609,7 +612,7 @@ def _palette(names, palette):
 
 
 def _positions(X, name):
-    X = np.asarray(X)
+    X = np.asarray(to_numpy(X))
     if X.ndim != 2 or X.shape[1] != 2:
         raise ValueError(
             f"{name} must have two columns, got shape {X.shape}; take a 2-D map, such as "
@@ -624,11 +627,13 @@ def _label_values(labels, n, name):
     if isinstance(labels, list | tuple):
         import pandas as pd
 
-        labels = pd.Series(labels)  # NumPy makes the string "nan" of a NaN among strings
+        # NumPy makes the string "nan" of a NaN among strings, pandas floats of ints beside a None.
+        ints = all(v is None or isinstance(v, Integral) for v in labels)
+        labels = pd.Series(labels, dtype=object if ints and None in labels else None)
     dtype = getattr(labels, "dtype", None)
     if hasattr(dtype, "categories") or str(dtype) in _DISCRETE:
         labels = labels.astype(object)  # NumPy makes numbers with a NaN floats: a scale
-    labels = np.asarray(labels)
+    labels = np.asarray(to_numpy(labels))
     if labels.dtype.kind == "M":
         labels = np.where(np.isnat(labels), None, np.datetime_as_string(labels, unit="auto"))
     if labels.shape != (n,):

@@ -11,6 +11,7 @@ from sklearn.utils import check_array, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
+from diffaugkit.arrays import to_numpy
 from diffaugkit.data import check_X, keep_names_of_rows, sample_range, unchanged_on_failure
 from diffaugkit.rows import MappedRows
 
@@ -386,7 +387,7 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if "seurat" in wanted:
             functions["seurat"] = partial(_normalised, target_sum=target_sum)
         if "pearson_residuals" in wanted:
-            fractions = gene_totals / max(gene_totals.sum(), 1.0)
+            fractions = gene_totals / (gene_totals.sum() or 1.0)
             functions["pearson_residuals"] = partial(
                 _residuals, fractions=fractions, theta=self.theta, clip=clip
             )
@@ -421,7 +422,7 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             mean, scale = mean[genes], np.where(constant, 1.0, np.sqrt(variance))[genes]
         if has_residuals:
             used = residual_genes if both else genes
-            shares = gene_totals[used] / max(gene_totals[used].sum(), 1.0)
+            shares = gene_totals[used] / (gene_totals[used].sum() or 1.0)
             if len(used) < rows.shape[1]:
                 cells = np.concatenate(
                     [np.asarray(block[:, used].sum(axis=1)).ravel() for _, block in rows.blocks()]
@@ -546,13 +547,15 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            For a wrong width, NaN or infinity, or ``total_counts`` of another length.
+            For a wrong width, NaN or infinity, or ``total_counts`` that are negative or of another
+            length.
         NotFittedError
             Before ``fit``.
         """
         check_is_fitted(self)
-        X = X.detach().cpu().numpy() if hasattr(X, "detach") else X
-        X = check_array(X, accept_sparse="csr", dtype=[np.float64, np.float32], input_name="X")
+        X = check_array(
+            to_numpy(X), accept_sparse="csr", dtype=[np.float64, np.float32], input_name="X"
+        )
         n_residual = 0 if self.residual_genes_ is None else len(self.residual_genes_)
         if X.shape[1] != len(self.genes_) + n_residual:
             raise ValueError(
@@ -562,18 +565,21 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         X = X[:, : len(self.genes_)]
         if total_counts is not None:
             # The sum of a sparse matrix over its genes is a matrix of one column.
-            total_counts = np.asarray(total_counts)
+            total_counts = np.asarray(to_numpy(total_counts))
             if not total_counts.ndim:
                 total_counts = np.full(X.shape[0], total_counts)
             total_counts = check_array(
-                total_counts, ensure_2d=False, dtype=np.float64, input_name="total_counts"
+                total_counts,
+                ensure_2d=False,
+                ensure_non_negative=True,
+                dtype=np.float64,
+                input_name="total_counts",
             ).ravel()
             check_consistent_length(X, total_counts)
         if sp.issparse(X) and self.target_sum_ is not None and self.scale_ is None:
-            factors = 1.0 if total_counts is None else total_counts / self.target_sum_
-            per_cell = np.broadcast_to(factors, X.shape[:1])
             data = np.maximum(np.expm1(X.data.astype(np.float64)), 0.0)
-            data *= np.repeat(per_cell, np.diff(X.indptr))
+            sums = np.asarray(_with_data(X, data).sum(axis=1)).ravel()
+            data *= np.repeat(self._factors(sums, total_counts), np.diff(X.indptr))
             return sp.csr_matrix(_with_data(X, data).astype(np.float32))
         counts = np.empty(X.shape, dtype=np.float32)
         for cells in gen_batches(len(counts), max(64, _BLOCK_VALUES // X.shape[1])):
@@ -588,13 +594,16 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             totals = self.median_total_counts_ if total_counts is None else total_counts
             mu = np.reshape(totals, (-1, 1)) * self.gene_fractions_
             return np.maximum(mu + X * np.sqrt(mu + mu**2 / self.theta), 0.0)
-        factors = np.ones(1) if total_counts is None else total_counts / self.target_sum_
         if self.scale_ is not None:
             X = X * self.scale_ + self.mean_
         counts = np.maximum(np.expm1(X), 0.0)
+        return counts * self._factors(counts.sum(axis=1), total_counts)[:, None]
+
+    def _factors(self, sums, total_counts):
+        """Find what brings normalised cells, of these sums over chosen genes, to their totals."""
+        factors = 1.0 if total_counts is None else total_counts / self.target_sum_
         # No part of a cell exceeds its whole, however large the log of one generated gene.
-        excess = np.maximum(counts.sum(axis=1) / self.target_sum_, 1.0)
-        return counts * (factors / excess)[:, None]
+        return factors / np.maximum(sums / self.target_sum_, 1.0)
 
     def save(self, path):
         """Save to a folder of safetensors and JSON, which ``diffaugkit.load(path)`` reads.

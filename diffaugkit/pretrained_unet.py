@@ -15,6 +15,7 @@ import torch
 from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
+from torch import nn
 
 from diffaugkit.arrays import check_groups
 from diffaugkit.base import HasMethods, Interval, StrOptions, TorchEstimator, described
@@ -188,12 +189,11 @@ class PretrainedUNet(TorchEstimator):
                 "give EmbeddingConditionedDiffusion(encoder=None, autoencoder=None)."
             )
         if not frozen:
-            own = diffusion.checkpoint_dir
-            if diffusion.random_state is None:
-                diffusion.set_params(random_state=self._child_seed(seed, 0))
-            if own is None:
-                diffusion.set_params(checkpoint_dir=self._folder("diffusion"))
-            diffusion.fit(patches).set_params(checkpoint_dir=own)
+            if isinstance(model.denoiser, nn.Module):
+                with isolated_rng(0):
+                    self._with_head(copy.deepcopy(model.denoiser))  # refuses what has no last layer
+            self._seed_part(diffusion, seed, 0)
+            self._fit_part(diffusion, "diffusion", patches)
         shape = model.image_shape_
         if shape[2] != patches.shape[1]:
             raise ValueError(
@@ -267,7 +267,8 @@ class PretrainedUNet(TorchEstimator):
         """Numbers of the images to train on, and of those held out or None, by whole groups.
 
         `labelled` are the numbers of images that show an object: without any of them held out
-        scores would tell nothing, or be best where nothing is found.
+        scores would tell nothing, or be best where nothing is found; with all of them held out
+        there would be nothing to learn.
         """
         units = np.arange(n) if groups is None else check_groups(groups, n)
         names, unit = np.unique(units, return_inverse=True)
@@ -279,13 +280,19 @@ class PretrainedUNet(TorchEstimator):
             return np.arange(n), None
         order = np.random.default_rng(self._child_seed(seed, 4)).permutation(len(names))
         is_held = np.isin(unit, order[:n_held])
-        if not is_held[labelled].any():
+        shows = is_held[labelled]
+        if shows.all() or not shows.any():
+            held = (
+                f"the {is_held.sum()} images that validation_fraction="
+                f"{self.validation_fraction!r} holds out"
+            )
+            why = f"None of {held} shows an object, so that they tell nothing of an epoch"
+            if shows.any():
+                why = f"All images that show an object are among {held}"
             warnings.warn(
-                f"None of the {is_held.sum()} images that validation_fraction="
-                f"{self.validation_fraction!r} holds out shows an object, so that they tell "
-                "nothing of an epoch: nothing is held out, and the last epoch is kept.",
+                f"{why}: nothing is held out, and the last epoch is kept.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
             return np.arange(n), None
         return np.flatnonzero(~is_held), np.flatnonzero(is_held)

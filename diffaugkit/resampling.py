@@ -3,7 +3,6 @@
 imbalanced-learn's words and rules, without an import of it: it changes scikit-learn's own tables.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -14,7 +13,7 @@ import torch
 from sklearn.utils import InputTags, Tags, assert_all_finite, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
-from diffaugkit.arrays import check_groups, refuse_missing
+from diffaugkit.arrays import check_groups, many_classes, refuse_missing
 from diffaugkit.image_inputs import is_a
 from diffaugkit.image_rows import from_unit, to_unit
 
@@ -177,6 +176,8 @@ def read_targets(y):
     y = y.toarray() if sp.issparse(y) else y
     refuse_missing(y, "y")
     y = np.asarray(y)
+    if y.ndim == 2 and y.shape[1] > 1 and y.dtype == object:
+        y = np.array(y.tolist())  # a table of nullable types of pandas
     if y.dtype.kind == "f":
         assert_all_finite(y, input_name="y")
     if y.ndim == 2 and y.shape[1] > 1:
@@ -193,9 +194,7 @@ def read_targets(y):
         classes, codes = np.arange(labels.shape[1]), y
     else:
         y = column_or_1d(y, warn=True)
-        with warnings.catch_warnings():
-            # Many classes of few samples are what this is for.
-            warnings.filterwarnings("ignore", message="The number of unique classes")
+        with many_classes():
             check_classification_targets(y)
         classes, codes = np.unique(y, return_inverse=True)
     return Targets(codes[:, None] == np.arange(len(classes)), codes, classes.tolist())
@@ -508,16 +507,18 @@ def _append_frame(X, made):
     import pandas as pd
 
     below = pd.DataFrame(made)
-    types = {}
+    above, own, new = X.set_axis(below.columns, axis=1), {}, {}
     for number, dtype in enumerate(X.dtypes):
-        inner = getattr(dtype, "subtype", dtype)
-        if getattr(inner, "kind", "O") == "f":
-            types[number] = dtype
+        kind = getattr(getattr(dtype, "subtype", dtype), "kind", "O")
+        if kind == "f":
+            new[number] = dtype
         elif isinstance(dtype, pd.SparseDtype):
-            types[number] = pd.SparseDtype(below.dtypes.iloc[number], dtype.fill_value)
-    below = below.astype(types)
-    below.columns = X.columns
-    return pd.concat([X, below], ignore_index=True)
+            new[number] = pd.SparseDtype(below.dtypes[number], float(dtype.fill_value))
+        if kind == "b":  # pandas would make objects of bools beside floats
+            own[number] = new.get(number, below.dtypes[number])
+    parts = [above.astype(own), below.astype(new)]
+    whole = pd.concat(parts, ignore_index=True) if len(X) else parts[1]
+    return whole.set_axis(X.columns, axis=1)
 
 
 def _append_cells(X, made, kept, indices, generator):

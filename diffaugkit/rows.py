@@ -202,8 +202,9 @@ class ResidentRows(Rows):
     resident = True
 
     def __init__(self, array, feature_names=None):
-        if any(stride < 0 for stride in array.strides):
-            array = np.ascontiguousarray(array)  # torch knows no negative strides
+        if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+            # Torch knows no negative strides, and none of part of a value (fields of records).
+            array = np.ascontiguousarray(array)
         super().__init__(array.shape, feature_names)
         self._array = array
 

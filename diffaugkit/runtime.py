@@ -91,7 +91,7 @@ _SEEDED = threading.RLock()
 def isolated_rng(seed, device="cpu"):
     """Seed torch's default generators inside, and give the caller's states back after.
 
-    NumPy's global stream is neither read nor moved.
+    NumPy's global stream is neither read nor moved. Inside, torch's default dtype is float32.
 
     Parameters
     ----------
@@ -116,10 +116,13 @@ def isolated_rng(seed, device="cpu"):
     devices = [_index(device)] if device.type == "cuda" else []
     # The default generators are of the process: fits in threads take turns, or none would repeat.
     with _SEEDED, torch.random.fork_rng(devices=devices, device_type="cuda"):
+        dtype = torch.get_default_dtype()
         try:
+            torch.set_default_dtype(torch.float32)  # networks are built here, and data are float32
             seed_generators(mix_seed(seed), device)
             yield
         finally:
+            torch.set_default_dtype(dtype)
             if on_mps is not None:
                 torch.mps.set_rng_state(on_mps)
 

@@ -183,13 +183,13 @@ def _read_mask(mask, size, row):
         file = getattr(mask, "filename", "")
         name = f"the mask in row {row}" + (f", {file}," if file else "")
         _refuse_frames(_n_frames(mask), name, "an array (h, w) of labels for each image")
-    # A TIFF may hold JPEG inside.
-    inside = getattr(mask, "info", {}).get("compression")
-    if getattr(mask, "format", None) == "JPEG" or inside in ("jpeg", "tiff_jpeg"):
-        raise ValueError(
-            f"The mask in row {row}, {mask.filename}, is a JPEG, whose compression changes labels: "
-            "save masks as PNG or TIFF."
-        )
+        # A TIFF may hold JPEG inside.
+        inside = mask.info.get("compression")
+        if getattr(mask, "format", None) == "JPEG" or inside in ("jpeg", "tiff_jpeg"):
+            raise ValueError(
+                f"{name[0].upper()}{name[1:]} is a JPEG, whose compression changes labels: save "
+                "masks as PNG or TIFF."
+            )
     if hasattr(mask, "detach"):
         mask = mask.detach().cpu().numpy()
     mask = np.asarray(mask)
@@ -217,7 +217,7 @@ def _read_mask(mask, size, row):
         )
     if mask.dtype.kind == "f":
         whole = np.rint(mask)
-        if not np.array_equal(whole, mask) or np.abs(mask).max(initial=0) > 2**53:
+        if not np.array_equal(whole, mask) or float(np.abs(mask).max(initial=0)) > 2**53:
             raise ValueError(
                 f"Unknown label type: the mask in row {row} holds NaN, infinity or fractions; "
                 "labels are whole numbers."

@@ -1,6 +1,7 @@
 """Display of masks: image, truth and prediction side by side, regions outlined on the image."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import maximum_filter1d, minimum_filter1d
@@ -221,9 +222,9 @@ class SegmentationDisplay:
         images = _images(self.X, self.image_shape)
         if not images:
             raise ValueError("there are no images to draw.")
-        pixels = np.concatenate([image.ravel() for image in images])
-        value_range = self.pixel_range or guess_range(pixels)
-        tiles = _stacked([_rgb(image[None], value_range)[0] for image in images])
+        ranges = [self.pixel_range] * len(images) if self.pixel_range else _ranges(images)
+        pairs = zip(images, ranges, strict=True)
+        tiles = _stacked([_rgb(image[None], value_range)[0] for image, value_range in pairs])
         sizes = [image.shape[:2] for image in images]
         predicted = _masks(self.y_pred, "y_pred", sizes)
         palette = np.array([to_rgb(colour) for colour in colours])
@@ -259,9 +260,20 @@ class SegmentationDisplay:
 
 def _images(X, image_shape):
     """Read images as a list of (h, w, c); those that come as a list may differ in size."""
+    if isinstance(X, str | os.PathLike) and Path(X).is_dir():
+        from diffaugkit.image_files import list_images
+
+        X = list_images(X)[0]
     if not isinstance(X, list | tuple) and len(getattr(X, "shape", ())) != 1:
         return list(_read(X, image_shape))
     return [_read([image], image_shape)[0] for image in X]
+
+
+def _ranges(images):
+    """Black and white of each image: bytes have their own, all others share one."""
+    others = [image.ravel() for image in images if image.dtype != np.uint8]
+    shared = guess_range(np.concatenate(others)) if others else None
+    return [guess_range(image) if image.dtype == np.uint8 else shared for image in images]
 
 
 def _masks(masks, name, sizes):

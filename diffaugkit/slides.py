@@ -29,6 +29,8 @@ __all__ = ["Slide", "open_slide", "read_box", "thumbnail"]
 _PICTURES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".gif")
 # Pillow's names of what becomes RGB.
 _MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr")
+# TIFF's numbers of palettes, CMYK and L*a*b*, and of the compressions that know nothing of colours.
+_NO_RGB, _LOSSLESS = (3, 5, 8), (1, 5, 8, 32773, 32946, 50000)
 # The packages that read whole-slide files, the preferred one first, and their classes.
 _READERS = {"tiffslide": "TiffSlide", "openslide": "OpenSlide"}
 # Decoded pictures that a process keeps, in bytes.
@@ -145,6 +147,8 @@ class PictureSlide(Slide):
         try:
             with Image.open(path) as image:
                 _check_form(image.mode in _MODES, f"mode {image.mode}")
+                # Of 16 bits Pillow would keep the upper 8.
+                _check_form(not image.tile or ";16" not in str(image.tile[0]), "16 bits a channel")
                 self.levels = [(image.height, image.width)]
         except Image.DecompressionBombError as error:
             raise ValueError(
@@ -159,16 +163,18 @@ class PictureSlide(Slide):
         kept = _DECODED
         # Two files of one name, one after the other, are two pictures.
         key = self._path, Path(self._path).stat().st_mtime_ns
-        if key not in kept:
-            with _pillow().open(self._path) as image:
-                pixels = _rgb(image)
-            if pixels.shape[:2] != self.levels[0]:
-                raise ValueError("the file has changed since it was opened")
-            while kept and pixels.nbytes + sum(one.nbytes for one in kept.values()) > _KEPT_BYTES:
-                kept.popitem(last=False)
-            kept[key] = pixels
-        kept.move_to_end(key)
-        return kept[key]
+        with _LOCK:
+            if key not in kept:
+                with _pillow().open(self._path) as image:
+                    pixels = _rgb(image)
+                if pixels.shape[:2] != self.levels[0]:
+                    raise ValueError("the file has changed since it was opened")
+                room = _KEPT_BYTES - pixels.nbytes
+                while kept and sum(one.nbytes for one in kept.values()) > room:
+                    kept.popitem(last=False)
+                kept[key] = pixels
+            kept.move_to_end(key)
+            return kept[key]
 
 
 class FileSlide(Slide):
@@ -460,8 +466,11 @@ def _mapped_tiff(path):
         with tifffile.TiffFile(path) as file:
             page = file.pages[0]
             _check_form(page.dtype == np.uint8, f"{page.dtype} pixels")
-            if page.photometric == 5:
-                return PictureSlide(path)  # CMYK, whose black the readers take for alpha
+            # The readers take pixels as they lie for RGB, but for YCbCr inside JPEG.
+            if page.photometric in _NO_RGB or (
+                page.photometric == 6 and page.compression in _LOSSLESS
+            ):
+                return PictureSlide(path)
             # RGB, row by row: what has alpha or planes is read by Pillow.
             if not page.is_memmappable or page.shape[2:] != (3,) or page.photometric != 2:
                 return None

@@ -66,8 +66,8 @@ class TissueTiles(_DecodedRows):
         file.
     slide_mpp : float, sequence, mapping or Series of float, or None, default=None
         Microns per pixel of the slides at level 0, where they do not know it, or not rightly: a
-        sequence in the order of `slides`, a mapping or Series by the names of the slides. None in
-        it keeps what the slide says.
+        sequence in the order of `slides`, a mapping or Series by the names of the slides. None or
+        NaN in it keeps what the slide says.
 
     Attributes
     ----------
@@ -608,6 +608,8 @@ def _named_slides(slides, slide_ids):
 
 def _per_slide(slide_mpp, slide_ids):
     """One resolution for each slide, or None."""
+    import pandas as pd
+
     n = len(slide_ids)
     if slide_mpp is None or isinstance(slide_mpp, Real):
         values = [slide_mpp] * n
@@ -625,6 +627,9 @@ def _per_slide(slide_mpp, slide_ids):
         values = list(slide_mpp)
     if len(values) != n:
         raise ValueError(f"slide_mpp has {len(values)} entries for {n} slides: one each.")
+    # A column of a table, or an array of numbers, turns None into NaN.
+    missing = pd.Series(values, dtype=object).isna()
+    values = [None if gone else value for value, gone in zip(values, missing, strict=True)]
     for value in values:
         if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
             raise ValueError(f"slide_mpp={value!r} must be microns per pixel, above 0.")

@@ -82,6 +82,10 @@ class NonFiniteLossError(FloatingPointError):
         self.batch = batch
         self.module, self.history = None, []
 
+    def __reduce__(self):  # noqa: D105
+        # From the worker of a parallel search it comes home pickled.
+        return type(self), (*self.args, self.epoch, self.batch), vars(self)
+
 
 # ---- schedule and averages -----------------------------------------------------------------------
 
@@ -297,6 +301,7 @@ def fit_loop(
     callbacks = [callbacks] if callable(callbacks) else list(callbacks or ())
 
     with isolated_rng(seed, device), tf32(device), contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())  # whatever the caller's notebook is set to
         processes = stack.enter_context(all_processes(device))
         module.to(device)
         step_module = processes.prepare(_Step(module, loss_fn))

@@ -51,6 +51,8 @@ _AUTO_POSITIONS = 1024
 _THRESHOLD_IMAGES = 64
 # Maps of one product: the logarithms of a chunk are held, never those of all maps.
 _CHUNK = 1024
+# Segments that are enlarged to the pixels of an image at once.
+_ENLARGED = 16
 _SMALLEST = 1e-12
 
 
@@ -304,10 +306,8 @@ class ZeroShotSegmenter(TorchEstimator):
                 )
             if self.refine or self.n_segments is not None:
                 segments = cluster_attention(attention, segments)
-            segments = segments.view(-1, 1, *shape)
-            height, width = masks.shape[1:]
-            large = F.interpolate(segments, scale_factor=cell, mode="bilinear", align_corners=False)
-            masks[i] = _by_size(large[:, 0, :height, :width].argmax(dim=0).cpu().numpy())
+            found = _largest(segments.view(-1, 1, *shape), cell, masks.shape[1:])
+            masks[i] = _by_size(found.cpu().numpy())
         return masks
 
     def score(self, X, y, *, metric="dice", labels=None, many_to_one=False):
@@ -338,13 +338,19 @@ class ZeroShotSegmenter(TorchEstimator):
         if metric not in scores:
             raise ValueError(f"metric must be 'dice' or 'iou', got {metric!r}.")
         check_is_fitted(self, "timestep_")
+        rows = self._check_input(X, reset=False)
         y = np.asarray(to_numpy(y))
         height, width = self.image_shape_[:2]
         if y.ndim == 1:
             y = np.broadcast_to(y[:, None, None], (len(y), height, width))
         elif y.ndim == 2 and y.shape[1] == height * width:
             y = y.reshape(-1, height, width)
-        return scores[metric](y, self.predict(X), labels=labels, many_to_one=many_to_one)
+        if y.shape != (len(rows), height, width):  # found by the metric after all the work
+            raise ValueError(
+                f"y has shape {y.shape}, but X holds {len(rows)} images of {height} x {width} "
+                "pixels: masks hold one label per pixel."
+            )
+        return scores[metric](y, self.predict(rows), labels=labels, many_to_one=many_to_one)
 
     def _check_input(self, X, *, reset, **limits):
         return check_X(self, X, reset=reset, images=True, image_shape=self.image_shape, **limits)
@@ -689,6 +695,22 @@ def cluster_attention(attention, start):
         warnings.simplefilter("ignore", ConvergenceWarning)
         distances = model.fit_transform(logarithm(attention))
     return -torch.from_numpy(distances.T.astype(np.float32)).to(attention.device).square()
+
+
+def _largest(segments, cell, size):
+    """Find which segment (n, 1, rows, columns) is largest at each pixel (height, width)."""
+    height, width = size
+    best = number = None
+    for first in range(0, len(segments), _ENLARGED):
+        part = segments[first : first + _ENLARGED]
+        large = F.interpolate(part, scale_factor=cell, mode="bilinear", align_corners=False)
+        value, index = large[:, 0, :height, :width].max(dim=0)
+        if best is None:
+            best, number = value, index
+        else:
+            number = torch.where(value > best, index + first, number)
+            best = torch.maximum(best, value)
+    return number
 
 
 def _by_size(mask):

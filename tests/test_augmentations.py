@@ -394,6 +394,16 @@ def test_a_function_can_make_the_views():
     assert views[2].shape == (8, 3, 8, 8)
 
 
+def test_a_function_may_work_in_place():
+    x = pictures()
+    before = x.clone()
+    with isolated_rng(0):
+        views = ImageViews(lambda batch: batch.mul_(-1), n_local=1)(x)
+    assert torch.equal(x, before)
+    assert torch.equal(views[0], -x)
+    assert torch.equal(views[1], -x)
+
+
 @pytest.mark.parametrize(
     ("shape", "patch", "expected"),
     [

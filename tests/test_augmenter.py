@@ -247,6 +247,8 @@ def test_multilabel_targets(data, frozen):
     Y = np.eye(3, dtype=int)[np.unique(data[1], return_inverse=True)[1]]
     model = tiny(frozen, sampling_strategy="auto")
     assert (model.fit_resample(X, Y)[1].sum(axis=0) == 40).all()
+    table = pd.DataFrame(Y).add_prefix("label_").astype("boolean")
+    assert (model.fit_resample(X, table)[1].sum(axis=0) == 40).all()
 
 
 # ---- provenance ----------------------------------------------------------------------------------
@@ -378,6 +380,17 @@ def test_quality_report(data, frozen):
     assert np.isfinite([report.copy_ratio, report.frechet_distance]).all()
 
 
+def test_many_classes_are_not_warned_of(data, frozen):
+    X, _ = data
+    y = np.r_[np.arange(48), np.arange(20)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = tiny(frozen)
+        model.fit_resample(X, y)
+    assert model.quality_report_ is not None
+    assert not [w for w in caught if "unique classes" in str(w.message)]
+
+
 def test_quality_report_of_few_samples_from_many_rows():
     X, y = make_blobs(2_500, n_features=4, centers=2, random_state=0)
     frozen = FrozenEstimator(EmbeddingConditionedDiffusion(PCA(2), width=8, max_epochs=1).fit(X))
@@ -442,6 +455,25 @@ def test_containers_come_back_as_they_were(data, frozen):
     whole = (10 * X).astype(int)
     assert tiny(frozen).fit_resample(whole, y)[0].dtype == np.float64
     assert tiny(frozen).fit_resample(whole, y.tolist())[1] == labels.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:X has feature names")
+@pytest.mark.parametrize("replace_real", [False, True])
+@pytest.mark.parametrize("dtype", [bool, "boolean", pd.SparseDtype(bool)], ids=str)
+def test_columns_of_a_table_stay_numbers(data, frozen, dtype, replace_real):
+    X, y = data
+    frame = pd.DataFrame(X).add_prefix("g")
+    frame["g0"] = (X[:, 0] > 0).astype(int)
+    frame["g1"] = pd.Series(X[:, 1] > 0).astype(dtype)
+    model = tiny(frozen, replace_real=replace_real)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        X_more, _ = model.fit_resample(frame, y)
+    assert X_more.columns.tolist() == frame.columns.tolist()
+    assert X_more.dtypes["g1"] == (pd.SparseDtype("f4", 0) if "Sparse" in str(dtype) else "f4")
+    assert {X_more[name].dtype.kind for name in frame} == {"f"}
+    if not replace_real:
+        np.testing.assert_allclose(X_more[: len(X)].astype(float), frame.astype(float))
 
 
 def test_cells(data, tmp_path):

@@ -13,6 +13,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 import diffaugkit
+from diffaugkit import rows
 from diffaugkit.autoencoder import (
     LatentAutoencoder,
     PatchDiscriminator,
@@ -21,6 +22,7 @@ from diffaugkit.autoencoder import (
     adaptive_weight,
 )
 from diffaugkit.image_rows import to_unit
+from diffaugkit.persistence import read_folder
 from diffaugkit.runtime import isolated_rng
 
 TINY = {"downsampling": 2, "block_out_channels": (8, 16), "max_epochs": 2, "batch_size": 16}
@@ -118,6 +120,22 @@ def test_rows_do_not_see_each_other(colour, fitted):
     images = fitted.inverse_transform(whole)
     np.testing.assert_array_equal(fitted.inverse_transform(whole[5:6]), images[5:6])
     np.testing.assert_array_equal(fitted.inverse_transform(fitted.latents(colour)), images)
+
+
+def test_no_image_is_encoded_to_fill_up_batches(fitted, monkeypatch):
+    encoded, original = [], type(fitted.module_).encode
+
+    def count(self, images):
+        encoded.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(type(fitted.module_), "encode", count)
+    monkeypatch.setattr(rows, "_BLOCK_VALUES", 300)  # as of large images: one a block
+    X = np.zeros((24, 10, 9, 3), np.uint8)
+    fitted.transform(X)
+    assert sum(encoded) == 24
+    fitted.score(X)
+    assert sum(encoded) == 48
 
 
 def test_same_seed_same_weights_and_exact_resume(colour, tmp_path):
@@ -234,6 +252,20 @@ def test_discriminator_waits_for_its_step(digits):
     assert alone.history_.columns.tolist()[1:4] == ["loss", "reconstruction", "regularizer"]
 
 
+def test_the_first_step_of_the_discriminator_is_a_first_step(digits, tmp_path):
+    X = np.kron(digits[:32], np.ones((2, 2), np.uint8))
+    judges = []
+    for start in (10**6, 7):  # of 8 steps: never, and in the last one
+        folder = tmp_path / str(start)
+        model = tiny(max_epochs=4, adversarial_start=start, checkpoint_dir=folder).fit(X)
+        tensors, _ = read_folder(folder / "training")
+        judges.append({k: v for k, v in tensors.items() if k.startswith("module.discriminator")})
+    moved = max((judges[1][name] - judges[0][name]).abs().max().item() for name in judges[0])
+    # The first step of Adam is as long as the rate; after steps without gradient it was not.
+    rate = model.history_["learning_rate"].iloc[-1]
+    assert moved == pytest.approx(rate, rel=0.01)
+
+
 def test_perceptual_features(colour):
     with isolated_rng(0):
         features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
@@ -278,7 +310,7 @@ def test_features_of_timm_see_every_channel(colour, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 @pytest.mark.parametrize("subfolder", [None, "vae"])
-def test_pretrained_folder_of_diffusers(colour, tmp_path, kind, subfolder):
+def test_pretrained_folder_of_diffusers(colour, tmp_path, kind, subfolder, monkeypatch):
     source = tiny(kind=kind, n_codes=16, max_epochs=1).fit(colour).module_
     source.save_pretrained(tmp_path / (subfolder or ""))
     model = LatentAutoencoder(kind, pretrained=str(tmp_path), random_state=0).fit(colour)
@@ -287,7 +319,8 @@ def test_pretrained_folder_of_diffusers(colour, tmp_path, kind, subfolder):
     for name, weight in model.module_.state_dict().items():
         assert torch.equal(weight, source.state_dict()[name])
     # Grey images through a network for colour, and back.
-    grey = LatentAutoencoder(kind, pretrained=str(tmp_path)).fit(colour[..., 0])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    grey = LatentAutoencoder(kind, pretrained="~").fit(colour[..., 0])
     assert grey.reconstruct(colour[..., 0]).shape == (40, 10, 9)
     tuned = LatentAutoencoder(kind, pretrained=str(tmp_path), max_epochs=1).fit(colour)
     assert not torch.equal(tuned.module_.decoder.conv_out.weight, source.decoder.conv_out.weight)
@@ -372,6 +405,8 @@ def test_refusals(colour, fitted):
         tiny().fit(colour.reshape(40, -1) / 255)
     with pytest.raises(ValueError, match="Z has shape"):
         fitted.inverse_transform(np.zeros((2, 7)))
+    with pytest.raises(ValueError, match=r"Z has shape \(2, 5, 5, 3\), expected .*3, 5, 5"):
+        fitted.inverse_transform(np.moveaxis(fitted.latents(colour[:2]), 1, -1))
     with pytest.raises(ValueError, match="at least 8 pixels"):
         tiny(adversarial_start=0).fit(colour[:, :4])
     before = fitted.transform(colour)

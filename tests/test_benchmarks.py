@@ -194,7 +194,7 @@ def test_all_labels_are_judged_by_a_run_that_stopped_before_them(script, monkeyp
         targets=["breast"],
         seeds=[0],
         variants=[],
-        one_pretraining=False,
+        pretraining_seed=None,
         quick=False,
         **dict.fromkeys((*numbers, "judges", "epochs"), 4),
     )

@@ -20,7 +20,7 @@ from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
 from sklearn.utils.estimator_checks import check_estimator
 
-from diffaugkit import decomposition
+from diffaugkit import SelfSupervisedEncoder, decomposition
 from diffaugkit.data import check_X, looks_like_counts
 from diffaugkit.decomposition import PrincipalComponents, principal_components
 from diffaugkit.rows import BackedRows, DenseRows, MappedRows, Rows, SparseRows
@@ -127,6 +127,7 @@ MEMORY = {
     "csr unsorted, with duplicates": _csr_messy,
     "csc_matrix": sp.csc_matrix,
     "coo_array": sp.coo_array,
+    "dok_matrix": sp.dok_matrix,
     "AnnData": _anndata,
     "AnnData csr": lambda X: _anndata(sp.csr_matrix(X)),
     "AnnData csc": lambda X: _anndata(sp.csc_matrix(X)),
@@ -149,6 +150,7 @@ def _content(X):
     if isinstance(X, torch.Tensor):
         return _content(X.detach().float().numpy()), X.requires_grad
     if sp.issparse(X):
+        X = X.tocoo() if X.format == "dok" else X
         parts = [X.row, X.col] if X.format == "coo" else [X.indices, X.indptr]
         return [_content(part) for part in [X.data, *parts]]
     if not isinstance(X, np.ndarray):
@@ -217,6 +219,34 @@ def test_zero_copy(truth):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert check_X(PCA(), _read_only(truth), reset=True).tensor.shape == (N, D)
+
+
+def test_a_field_of_records(truth):
+    records = np.zeros(N, dtype=[("cell", np.float32, (D,)), ("label", np.uint8)])
+    records["cell"] = truth
+    _assert_same_numbers(check_X(PCA(), records["cell"], reset=True), truth)
+    assert check_X(PCA(), records["cell"], reset=True).tensor.shape == (N, D)
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_masked_values_and_collections_are_refused(images, truth):
+    masked = np.ma.masked_array(truth, mask=False)
+    _assert_same_numbers(check_X(PCA(), masked, reset=True, images=images), truth)
+    masked[3, 2] = np.ma.masked
+    for X in (masked, _anndata(masked)):
+        with pytest.raises(ValueError, match=r"masked values.*X\.filled\(0\)"):
+            check_X(PCA(), X, reset=True, images=images)
+    for table, join in ((_anndata(truth), "anndata.concat"), (pd.DataFrame(truth), "pandas.con")):
+        with pytest.raises(TypeError, match=f"list of .*: join them first, as {join}"):
+            check_X(PCA(), [table, table], reset=True, images=images)
+    with pytest.raises(TypeError, match=r"dict with the keys data, target: .* X\[key\]"):
+        check_X(PCA(), {"data": truth, "target": 1}, reset=True, images=images)
+
+
+def test_groups_of_strings_and_numbers_in_a_list_are_refused():
+    X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    with pytest.raises(TypeError, match="all strings or all numbers"):
+        SelfSupervisedEncoder(max_epochs=1).fit(X, groups=[1, "1"] * 4)
 
 
 def test_rows_pass_unchanged(truth):
@@ -636,6 +666,41 @@ def test_krylov_components_of_a_slow_spectrum(kind, monkeypatch):
     assert constant.explained_std.tolist() == [0.0]
     low = principal_components(DenseRows(np.repeat(X[:6], 10, axis=0)), 20)
     assert len(low.components) == 5
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "mapped"])
+@pytest.mark.parametrize("exponent", [-80, 70])
+def test_krylov_components_in_any_unit(kind, exponent, monkeypatch):
+    monkeypatch.setattr(decomposition, "_EXACT_PCA_LIMIT", 50)
+    monkeypatch.setattr(decomposition, "_ONE_PASS_PCA_LIMIT", 50)
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(120, 20)) * np.linspace(4, 1, 20) @ rng.normal(size=(20, 100))
+    X = (X + rng.normal(size=X.shape)).astype(np.float32)
+
+    def found(X):
+        rows = SparseRows(sp.csr_array(X)) if kind == "sparse" else DenseRows(X)
+        return principal_components(
+            MappedRows(rows, torch.clone, X.shape[1]) if kind == "mapped" else rows, 5
+        )
+
+    plain, scaled = found(X), found(np.ldexp(X, exponent))
+    np.testing.assert_allclose(scaled.components, plain.components, atol=1e-7)
+    np.testing.assert_allclose(np.ldexp(scaled.explained_std, -exponent), plain.explained_std)
+
+
+def test_half_of_the_products_of_wide_rows_are_computed():
+    X, read = np.random.default_rng(0).normal(size=(256, 2**14)).astype(np.float32), []
+
+    def count(block):
+        read.append(len(block))
+        return block
+
+    rows = MappedRows(DenseRows(X), count, X.shape[1])
+    assert len(list(rows.slices())) == 4
+    components = principal_components(rows, 3).components
+    assert sum(read) == 64 * (4 + 4 + (1 + 2 + 3 + 4) + 4)  # mean, left, right, axes
+    expected = PCA(3, svd_solver="full").fit(X.astype(float)).components_
+    np.testing.assert_allclose(np.abs(np.sum(components * expected, axis=1)), 1.0, atol=1e-6)
 
 
 def test_scores_file_is_removed(tmp_path):

@@ -1,6 +1,7 @@
 """UNetDenoiser: the contract at any size, what dropping does, and what is recorded of attention."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -315,3 +316,21 @@ def test_features_of_a_row_are_its_own(n_condition):
     assert features.shape == (5, 5 * 16)
     assert len(torch.unique(features, dim=0)) == 5
     torch.testing.assert_close(denoiser(x, t), before)
+
+
+def test_features_are_not_those_of_another_thread():
+    with isolated_rng(0):
+        denoiser = UNetDenoiser(1, block_out_channels=(8, 16)).eval()
+        x, t, others = torch.randn(2, 1, 8, 8), torch.full((2,), 50), []
+
+    def meanwhile(*_):
+        if not others:
+            others.append(threading.Thread(target=denoiser, args=(-x, t)))
+            others[0].start()
+            others[0].join()
+
+    with torch.no_grad():
+        expected = denoiser.features(x, t)
+        denoiser.unet.mid_block.register_forward_pre_hook(meanwhile)
+        torch.testing.assert_close(denoiser.features(x, t), expected)
+    assert others

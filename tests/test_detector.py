@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -469,6 +470,33 @@ def test_duplicates_go_as_if_all_at_once():
     assert len(found) == pytest.approx(len(once), rel=0.03)
 
 
+def test_many_boxes_are_compared_with_those_beside_them(monkeypatch):
+    import torchvision
+
+    batched_nms, pairs = torchvision.ops.batched_nms, []
+
+    def counting(boxes, scores, kinds, threshold):
+        pairs.append(int((kinds.unique(return_counts=True)[1] ** 2).sum()))
+        return batched_nms(boxes, scores, kinds, threshold)
+
+    rng = np.random.default_rng(0)
+    corner = np.stack(np.meshgrid(np.arange(500), np.arange(6)), axis=-1).reshape(-1, 2) * 20.0
+    corner = np.repeat(corner, 6, axis=0) + rng.normal(0, 0.5, (18000, 2))
+    table = np.hstack(
+        [corner, corner + 14, rng.random((18000, 1)), rng.integers(2, size=(18000, 1))]
+    )
+    table = torch.tensor(table, dtype=torch.float32)
+    once = table[counting(table[:, :4], table[:, 4], table[:, 5], 0.5)]
+    monkeypatch.setattr(torchvision.ops, "batched_nms", counting)
+    boxes = StripBoxes(128, 0.5)
+    boxes.add(slice(0, 120), table)
+    # 2 classes of 9 000 in one piece; 9 pieces of 2 x 1 000, and then what is left, 2 x 3 000.
+    assert sum(pairs[1:]) < pairs[0] / 4
+    found = boxes.all()
+    assert len(found) == len(once)
+    np.testing.assert_array_equal(*(np.sort(part[:, 4].numpy()) for part in (found, once)))
+
+
 # ---- learning ------------------------------------------------------------------------------------
 
 
@@ -515,7 +543,7 @@ def test_places_of_all_tiles_coincide(learned):
     assert corners.max(axis=0).tolist() == [38, 36]  # one pixel beyond the border, mirrored
     assert (corners % learned.head_stride_ == 0).all()
     # A tile that holds less than one place ends at the border.
-    model = tiny(head_stride=16, patch_size=8, stride=8, diffusion=None).fit(X, [[[4, 4, 9, 9]]])
+    model = tiny(head_stride=16, patch_size=8, stride=8, diffusion=None).fit(X, [[[4, 4, 20, 20]]])
     assert len(model.predict(X)) == 1
 
 
@@ -567,6 +595,18 @@ def test_a_fitted_diffusion_gives_its_unet(data):
     assert set(model.history_["phase"]) == {"finetuning"}
     with pytest.raises(ValueError, match="channels"):
         tiny(diffusion=frozen).fit(X[..., 0], boxes)
+
+
+def test_boxes_between_the_places_are_warned_of(data):
+    X, boxes = data
+    small = [[[3, 3, 5, 7]], *[image["boxes"] for image in boxes[1:]]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny(diffusion=None).fit(X, small)
+    # Boxes of 2 x 4 and 4 x 4 pixels: an eighth and a quarter of what a place stands for.
+    with pytest.warns(UserWarning, match=r"head_stride=8 about 81% of the boxes lie") as caught:
+        tiny(diffusion=None, head_stride=8).fit(X[:2], [small[0], [[1, 1, 5, 5]]])
+    assert caught[0].filename == __file__
 
 
 def test_held_out_images_without_objects_choose_no_epoch(data):
@@ -646,6 +686,14 @@ def test_labels_come_back_as_they_were(data):
             r"image 7 hold .* 32 x 32 pixels",
         ),
         (lambda X, b: (X, [*b[:7], b[7]["boxes"]]), "image 7 have no labels"),
+        (
+            lambda X, b: (X, [*b[:7], {"boxes": [[0, 0, 3, 4]] * 2, "labels": [1, None]}]),
+            r"boxes of image 7 has missing labels \(NaN or None\) in rows 1: name or drop",
+        ),
+        (
+            lambda X, b: (X, [{**image, "labels": image["labels"] * np.nan} for image in b]),
+            r"missing labels",
+        ),
         (lambda X, b: (X, [*b[:7], [[5, 5, 3, 3]]]), "width, height"),
         (lambda X, b: (X.reshape(8, -1), b), "image_shape"),
         (lambda X, b: (["nowhere.png"] * 8, b), "nowhere.png"),

@@ -13,6 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
 
 import diffaugkit
 from diffaugkit import DiffAugEM, EmbeddingConditionedDiffusion, SelfSupervisedEncoder
@@ -144,6 +145,27 @@ def test_no_more_views_are_made_than_are_looked_at(blobs, monkeypatch, share, ep
     monkeypatch.setattr(EmbeddingConditionedDiffusion, "_views", record)
     tiny(schedule=(1, 1, epochs), n_views=4, augmentation_prob=share).fit(blobs[0])
     assert made == [n_views]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "made"),
+    [
+        ((1, 1, 0), []),
+        ((1, 1, 0, 0, 4), [4]),
+        ((1, 1, 0, 1, 2), [2]),
+        ((1, 1, 3, 1, 0), [3]),
+    ],
+)
+def test_views_are_made_for_the_next_e_step_that_runs(blobs, monkeypatch, schedule, made):
+    found, views = [], EmbeddingConditionedDiffusion._views
+
+    def record(self, embeddings, n_views, seed):
+        found.append(n_views)
+        return views(self, embeddings, n_views, seed)
+
+    monkeypatch.setattr(EmbeddingConditionedDiffusion, "_views", record)
+    tiny(schedule=schedule, n_views=4, augmentation_prob=1.0).fit(blobs[0])
+    assert found == made
 
 
 def test_the_buffer_is_drawn_anew_at_each_switch(blobs, monkeypatch):
@@ -399,6 +421,60 @@ def test_frozen_parts_that_cannot_work(blobs):
     both = tiny(encoder=FrozenEstimator(encoder), diffusion=FrozenEstimator(diffusion)).fit(X)
     assert both.n_iter_ == 0
     np.testing.assert_array_equal(both.transform(X), encoder.transform(X))
+
+
+def test_a_frozen_diffusion_of_other_data_is_refused_before_any_work(blobs):
+    X, y = pd.DataFrame(blobs[0]).add_prefix("g"), blobs[1]
+    one_hot = np.eye(y.max() + 1)[y]
+
+    def refuse(X, diffusion, match, **more):
+        def trained(epoch, history):
+            pytest.fail("the encoder was trained")
+
+        model = tiny(diffusion=FrozenEstimator(diffusion), callbacks=trained, **more)
+        with pytest.raises(ValueError, match=match):
+            model.fit(X, y[: len(X)])
+
+    given = tiny_diffusion(max_epochs=1)
+    supervised = {"condition": "supervised"}
+    model = given.fit(X.iloc[:, ::-1], embeddings=one_hot)
+    refuse(X, model, r"(?s)not like what the frozen .* same order", **supervised)
+    model = given.fit(X.iloc[:, 1:], embeddings=one_hot)
+    refuse(X.to_numpy(), model, "has 20 features, .* expecting 19", **supervised)
+    model = given.fit(X, embeddings=np.eye(9)[y])
+    refuse(X, model, f"y has {len(one_hot[0])} classes, .* of 9 columns", **supervised)
+    own = tiny_diffusion(encoder=tiny_encoder(max_epochs=1), max_epochs=1)
+    refuse(X, own.fit(X.iloc[:, ::-1]), "same order")
+    images = np.random.default_rng(0).random((24, 8, 8, 1), dtype=np.float32)
+    encoder = SelfSupervisedEncoder(max_epochs=1)
+    own.set_params(encoder=encoder, block_out_channels=(8, 8)).fit(images)
+    refuse(X, own, "X holds vectors, but the frozen diffusion generates images")
+    refuse(images[:, :6], own, r"\(6, 8, 1\), but the frozen diffusion was fitted on \(8, 8, 1\)")
+    refuse(images * 2 - 1, own, "pixels from -1.0 to 1.0, but the frozen diffusion")
+    refuse((images * 255).astype(np.uint8), own, "pixels from 0 to 255, but the frozen diffusion")
+
+
+def test_what_a_frozen_diffusion_generates_has_the_layout_of_the_fit():
+    X = np.random.default_rng(0).random((24, 8, 8, 1), dtype=np.float32)
+    encoder = FrozenEstimator(SelfSupervisedEncoder("scl", max_epochs=1).fit(X))
+
+    def model(images, **options):
+        own = tiny_diffusion(max_epochs=1, block_out_channels=(8, 8), random_state=0, **options)
+        frozen = FrozenEstimator(own.fit(images, embeddings=encoder.transform(X)))
+        return tiny(encoder=encoder, diffusion=frozen).fit(X)
+
+    other = model(X.reshape(24, -1), image_shape=(8, 8, 1)).augment(X[:3])
+    np.testing.assert_array_equal(other, model(X).augment(X[:3]))
+    assert other.shape == (3, 8, 8, 1)
+
+
+def test_a_frozen_pipeline_is_an_encoder(blobs):
+    X = blobs[0]
+    pipeline = FrozenEstimator(make_pipeline(PCA(3)).fit(X))
+    for condition in ("embedding", "random"):
+        model = tiny(encoder=pipeline, condition=condition).fit(X)
+        assert model.augment(X[:2]).shape == (2, 20)
+        assert list(model.get_feature_names_out()) == ["diffaugem0", "diffaugem1", "diffaugem2"]
 
 
 # ---- data on disk --------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """EmbeddingConditionedDiffusion: what it generates, and that every option reaches the model."""
 
+import warnings
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -12,9 +14,11 @@ from sklearn.decomposition import PCA
 from sklearn.frozen import FrozenEstimator
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from diffaugkit import (
+    DiffAugEM,
     EmbeddingConditionedDiffusion,
     LatentAutoencoder,
     SelfSupervisedEncoder,
@@ -228,7 +232,7 @@ def test_automatic_encoder_gets_what_the_model_is_given(blobs, tmp_path):
         assert getattr(made, name) == default[name]
 
 
-@pytest.mark.parametrize("kind", ["auto", "given"])
+@pytest.mark.parametrize("kind", ["auto", "given", "step"])
 def test_a_resumed_fit_does_not_train_the_encoder_again(blobs, tmp_path, kind):
     X, calls = blobs[0][::4], []
 
@@ -240,6 +244,8 @@ def test_a_resumed_fit_does_not_train_the_encoder_again(blobs, tmp_path, kind):
     def model(**more):
         # A given encoder keeps its own callbacks.
         encoder = "auto" if kind == "auto" else SelfSupervisedEncoder(**ENCODER, callbacks=kill)
+        if kind == "step":
+            encoder = make_pipeline(StandardScaler(), encoder)
         return tiny(encoder=encoder, callbacks=kill, **more)
 
     with pytest.raises(KeyboardInterrupt):
@@ -248,6 +254,43 @@ def test_a_resumed_fit_does_not_train_the_encoder_again(blobs, tmp_path, kind):
     assert calls == [0, 1, 0, 0, 1]
     np.testing.assert_array_equal(resumed.sample(3), model().fit(X).sample(3))
     assert calls[5:] == [0, 1, 0, 1]
+
+
+def test_the_steps_of_a_pipeline_have_the_seed_of_the_fit(blobs, tmp_path):
+    X = blobs[0][::4]
+    encoder = make_pipeline(StandardScaler(), SelfSupervisedEncoder(**ENCODER))
+    first, again = (tiny(encoder=encoder, checkpoint_dir=tmp_path).fit(X) for _ in range(2))
+    np.testing.assert_array_equal(first.sample(3), again.sample(3))
+    own = clone(encoder).set_params(selfsupervisedencoder__random_state=7)
+    fitted = tiny(encoder=own).fit(X).encoder_
+    assert fitted[-1].random_state == 7
+    np.testing.assert_array_equal(fitted.transform(X), own.fit(X).transform(X))
+
+
+def test_an_encoder_of_ours_seeds_its_own_parts(blobs):
+    X = blobs[0][::4]
+    parts = SelfSupervisedEncoder(**ENCODER), tiny(max_epochs=1)
+    inner = DiffAugEM(*parts, schedule=(1, 1, 1))
+    for encoder in (inner, make_pipeline(StandardScaler(), inner)):
+        fitted = tiny(encoder=encoder).fit(X).encoder_
+        fitted = fitted if encoder is inner else fitted[-1]
+        assert fitted.random_state is not None
+        assert fitted.encoder.random_state is None
+
+
+def test_settings_of_torch_change_nothing(blobs, tmp_path):
+    X = blobs[0][::4]
+    expected = tiny().fit(X)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            found = tiny().fit(X)
+        np.testing.assert_array_equal(found.augment(X[:3]), expected.augment(X[:3]))
+        expected.save(tmp_path / "model")
+        loaded = load(tmp_path / "model")
+        np.testing.assert_array_equal(loaded.augment(X[:3]), expected.augment(X[:3]))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class Denoiser(nn.Module):
@@ -312,6 +355,19 @@ def test_any_transformer_can_be_the_encoder(blobs, wrap):
         assert len(model.get_feature_names_out()) == 3
 
 
+def test_columns_of_a_frozen_transformer_are_compared_by_name(blobs):
+    X = pd.DataFrame(blobs[0][::4]).add_prefix("g").rename(index=str)
+    encoder = FrozenEstimator(PCA(3).fit(X))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "X does not have valid feature names"
+        model = tiny(encoder=encoder).fit(X)
+        np.testing.assert_allclose(model.transform(X), encoder.transform(X), rtol=1e-4, atol=1e-5)
+    found = model.transform(ad.AnnData(X.iloc[:, ::-1]))  # genes go by name
+    np.testing.assert_allclose(found, encoder.transform(X), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="same order"):
+        tiny(encoder=encoder).fit(X.iloc[:, ::-1])
+
+
 def test_unconditional(blobs):
     X = blobs[0]
     model = tiny(encoder=None).fit(X)
@@ -338,7 +394,8 @@ def test_given_embeddings(blobs):
     model = tiny().fit(X, embeddings=one_hot)
     assert model.encoder_ is None
     assert model.sample(np.eye(3)).shape == (3, 20)
-    assert model.sample(torch.eye(3)).shape == (3, 20)
+    of_a_network = torch.eye(3, dtype=torch.bfloat16, requires_grad=True)
+    np.testing.assert_array_equal(model.sample(of_a_network), model.sample(np.eye(3)))
     with pytest.raises(ValueError, match="Embed X yourself and call sample"):
         model.augment(X)
     with pytest.raises(ValueError, match=r"embeddings have 4 features.*fitted on 3"):

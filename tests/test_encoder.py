@@ -209,6 +209,19 @@ def test_precision_and_device_are_checked(blobs):
         tiny(precision="fp8").fit(blobs[0])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"backbone": "small_vit"}, {"backbone": torch.nn.Identity()}, {"pretrained": "dino"}],
+)
+def test_networks_for_images_are_refused_for_vectors(blobs, options):
+    # Images without image_shape, say: an MLP without those weights was trained in their place.
+    with pytest.raises(
+        ValueError, match=r"\(240, 20\) holds vectors, but backbone .* image_shape="
+    ):
+        tiny(**options).fit(blobs[0])
+    tiny(backbone="mlp").fit(blobs[0])
+
+
 @pytest.mark.parametrize("sizes", [(8, 0), (8.0,), ["wide"]])
 def test_hidden_sizes_are_checked(blobs, sizes):
     with pytest.raises(ValueError, match="hidden_sizes"):

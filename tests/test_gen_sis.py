@@ -11,7 +11,13 @@ from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from diffaugkit import EmbeddingConditionedDiffusion, GenSIS, SelfSupervisedEncoder, load
+from diffaugkit import (
+    EmbeddingConditionedDiffusion,
+    GenSIS,
+    HistoDiffusionAugmenter,
+    SelfSupervisedEncoder,
+    load,
+)
 from diffaugkit.embedding_diffusion import interpolate_rows
 from diffaugkit.gen_sis import draw_partners
 
@@ -232,6 +238,25 @@ def test_a_frozen_diffusion_may_have_another_layout(X, fitted):
     np.testing.assert_array_equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("kind", ["flat", "channels first"])
+def test_what_a_frozen_diffusion_generates_has_the_form_of_the_input(X, fitted, kind):
+    embeddings = fitted.vanilla_encoder_.transform(X)
+
+    def model(images, **options):
+        diffusion = tiny_diffusion(random_state=0, **options).fit(images, embeddings=embeddings)
+        frozen = FrozenEstimator(fitted.vanilla_encoder_)
+        return tiny(encoder=frozen, diffusion=FrozenEstimator(diffusion)).fit(X)
+
+    if kind == "flat":
+        other = model(X.reshape(40, -1), image_shape=(8, 8, 1))
+    else:
+        other = model(torch.from_numpy(X).permute(0, 3, 1, 2))
+    same = model(X)
+    np.testing.assert_array_equal(other.augment(X[:4], 2), same.augment(X[:4], 2))
+    np.testing.assert_array_equal(other.interpolate(X[:4], X[4:8]), same.interpolate(X[:4], X[4:8]))
+    assert other.quality_report(X).to_frame().equals(same.quality_report(X).to_frame())
+
+
 def test_a_store_grows_by_more_views_and_needs_no_seed(X, tmp_path, recorded):
     first = tiny(store_dir=tmp_path / "a", random_state=None).fit(X)
     n_calls = len(recorded["sample"])
@@ -364,6 +389,7 @@ def test_save_and_load(X, fitted, tmp_path):
         ({"alpha": ()}, "alpha"),
         ({"encoder": FrozenEstimator(PCA())}, "cannot learn from generated images"),
         ({"diffusion": EmbeddingConditionedDiffusion(denoiser="mlp")}, "does not take images"),
+        ({"diffusion": HistoDiffusionAugmenter()}, "does not generate images from embeddings"),
     ],
 )
 def test_wrong_parameters_are_refused_before_any_work(X, change, message, recorded):

@@ -224,6 +224,31 @@ def test_gradient_of_the_network_against_float64_differences(shape, units, timed
     assert (size < 100).all()
 
 
+def test_large_images_cost_little_more_than_smaller_ones():
+    def multiplications(side):
+        with isolated_rng(0):
+            network = LatentClassifier((3, side, side), 2, torch.ones(1), timed=False).eval()
+        found = []
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.register_forward_hook(
+                    lambda layer, _, out: found.append(layer.weight.numel() * out[0, 0].numel())
+                )
+        with torch.no_grad():
+            network(torch.zeros(1, 3, side, side), torch.zeros(1, dtype=torch.int64))
+        return sum(found)
+
+    # 16 times the pixels.
+    assert multiplications(256) < 3 * multiplications(64)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (64, 4), (256, 2), (65, 65)])
+def test_classifiers_of_images_of_any_size(size):
+    with isolated_rng(0):
+        network = LatentClassifier((1, *size), 2, torch.ones(1), width=24, timed=False).eval()
+    assert network(torch.zeros(3, 1, *size), torch.zeros(3, dtype=torch.int64)).shape == (3, 2)
+
+
 def test_a_row_of_the_gradient_is_its_own():
     with isolated_rng(0):
         network = LatentClassifier((2, 8, 8), 3, torch.linspace(1, 0.1, 10), width=8).eval()
@@ -241,6 +266,7 @@ def test_scale_0_is_the_generator_itself(pretrained, fitted, labelled):
     plain = copy.deepcopy(pretrained).set_params(sampler="ddim", n_sampling_steps=20)
     free = copy.deepcopy(fitted).set_params(guidance_scale=0.0)
     y = np.repeat(["a", "b"], 4)
+    free.module_.register_forward_pre_hook(lambda *_: pytest.fail("no gradient is needed"))
     np.testing.assert_array_equal(free.sample(y, random_state=5), plain.sample(8, random_state=5))
     assert not np.allclose(fitted.sample(y, random_state=5), free.sample(y, random_state=5))
 
@@ -623,8 +649,10 @@ def test_a_class_that_goes_short_is_warned_of(labelled, pretrained):
         FrozenEstimator(pretrained), Constant(), n_candidates=1.5,
         sampling_strategy={"a": 10, "b": 12},
     )  # fmt: skip
-    with pytest.warns(ConvergenceWarning, match="1 of 3 classes .* 'b': 0 of 4 from 30 candidates"):
+    message = "1 of 3 classes .* 'b': 0 of 4 from 30 candidates"
+    with pytest.warns(ConvergenceWarning, match=message) as caught:
         X_more, y_more = augmenter.fit_resample(X, y)
+    assert caught[-1].filename == __file__  # the caller's own line
     assert len(X_more) == 26
     assert list(y_more[24:]) == ["a", "a"]
     table = augmenter.selection_.set_index("class")
@@ -642,7 +670,7 @@ def test_copies_are_warned_of(shape, blobs, monkeypatch):
     same = None if len(shape) > 1 else Itself()
     augmenter = tiny(FrozenEstimator(generator), same, selection="random", guidance_scale=1.0)
 
-    def repeat(self, codes, seed):
+    def repeat(self, codes, seed, scales):
         first = np.flatnonzero(y == codes[0])[: len(codes)]
         noise = np.random.default_rng(0).normal(size=X[first].shape)
         return (X[first] + 0.01 * noise).astype(np.float32)
@@ -920,6 +948,38 @@ def test_generators_that_cannot_be_guided(labelled, images, latent):
         tiny(FrozenEstimator(latent)).fit(large, images[1])
 
 
+@pytest.mark.parametrize("encoder", [FrozenEstimator(PCA()), PCA(21)], ids=["unfitted", "wide"])
+def test_an_encoder_that_cannot_be_used_is_refused_before_training(encoder, labelled):
+    epochs = []
+    augmenter = tiny(None, encoder, callbacks=lambda *_: epochs.append(1))
+    augmenter.set_params(diffusion__callbacks=lambda *_: epochs.append(1))
+    with pytest.raises((NotFittedError, ValueError), match=r"not fitted|n_components=21"):
+        augmenter.fit(*labelled)
+    assert not epochs
+
+
+class OwnDenoiser(torch.nn.Module):
+    """A module whose `features` are a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = torch.nn.Linear(20, 8)
+        self.out = torch.nn.Linear(8, 20)
+
+    def forward(self, x_t, t, cond=None):
+        return self.out(self.features(x_t))
+
+
+def test_the_features_of_a_users_denoiser_are_not_asked_for(labelled):
+    with isolated_rng(0):
+        own = OwnDenoiser()
+    generator = EmbeddingConditionedDiffusion(
+        None, denoiser=own, n_pcs=None, max_epochs=1, random_state=0
+    )
+    augmenter = tiny(generator, guidance_scale=1.0).fit(*labelled)
+    assert augmenter.centroids_.shape == (3, 20)  # in the space of the samples
+
+
 def test_a_pool_of_other_samples_is_refused_before_it_is_learned_from(images, labelled):
     X, y = images
     epochs = []
@@ -950,7 +1010,7 @@ def test_copies_of_the_pool_are_warned_of(blobs, labelled):
     pool = np.concatenate([X, blobs[0][1::10]])
     augmenter = tiny(max_epochs=20, n_sampling_steps=5, selection="random", guidance_scale=1.0)
     rows = iter(range(len(X), len(pool)))
-    augmenter._generate = lambda numbers, seed: np.stack([pool[next(rows)] for _ in numbers])
+    augmenter._generate = lambda codes, *_: np.stack([pool[next(rows)] for _ in codes])
     with pytest.warns(UserWarning, match=r"copy ratio below 0\.00.*repeat real samples"):
         augmenter.fit_resample(X, y, unlabeled=pool)
     assert (augmenter.selection_["copy_ratio"] < 1e-3).all()

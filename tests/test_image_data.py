@@ -122,7 +122,9 @@ def write_shards(folder, images, n_shards=3):
     return str(Path(folder) / f"train-{{0000..{n_shards - 1:04d}}}.tar")
 
 
-class Items(torch.utils.data.Dataset):
+class Sequence:
+    """A map-style Dataset that is not torch's: lazy columns of tables are such."""
+
     def __init__(self, items):
         self.items = list(items)
 
@@ -131,6 +133,10 @@ class Items(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return self.items[i]
+
+
+class Items(Sequence, torch.utils.data.Dataset):
+    """A Dataset of torch."""
 
 
 def tensor_of(X):
@@ -159,6 +165,8 @@ DECODED = {
     "folder as Path": lambda X, tmp: write_folder(tmp, X) and tmp,
     "Dataset of PIL": lambda X, tmp: Items([(Image.fromarray(x), 3) for x in X]),
     "Dataset of arrays": lambda X, tmp: Items(X),
+    "Dataset of no base class": lambda X, tmp: Sequence([(Image.fromarray(x), 3) for x in X]),
+    "column of PIL": lambda X, tmp: Sequence([Image.fromarray(x) for x in X]),
     "items with PIL images": lambda X, tmp: [(Image.fromarray(x), 3) for x in X],
     "Dataset of tensors": lambda X, tmp: torch.utils.data.TensorDataset(tensor_of(X)),
     "shards": lambda X, tmp: write_shards(tmp, X),
@@ -290,6 +298,14 @@ def test_flattened(kind, shape, truth):
         assert np.shares_memory(estimator.rows_.tensor.numpy(), flat)
         with pytest.raises(ValueError, match="X has 3 features, but Pixels is expecting 189 feat"):
             estimator.transform(flat[:, :3])
+
+
+def test_words_turned_round(truth):
+    words = (truth.astype(np.uint16) * 100).astype(">u2")
+    for X, options in ((words, {}), (words.reshape(N, -1), {"image_shape": (H, W, 3)})):
+        rows = gate(X, **options)
+        assert rows.pixel_range == (0, 65535)
+        np.testing.assert_array_equal(rows[:].numpy(), words.transpose(0, 3, 1, 2))
 
 
 def test_nothing_is_copied(truth):
@@ -550,7 +566,7 @@ def _broken(paths, how):
     return path
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".bmp", ".ppm", ".webp"])
 @pytest.mark.parametrize("how", ["missing", "empty", "text", "truncated"])
 def test_broken_files_are_named_at_the_gate(how, suffix, truth, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (6, 40, 40, 3)).astype(np.uint8)
@@ -558,6 +574,38 @@ def test_broken_files_are_named_at_the_gate(how, suffix, truth, tmp_path):
     path = _broken(paths, how)
     with pytest.raises(ValueError, match=rf"Image file .*{path.name} cannot be read: "):
         gate(paths)
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": (16, 16)}, {"compression": "zlib"}])
+def test_cut_tiff_files_are_named_at_the_gate(options, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    images = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3)).astype(np.uint8)
+    paths = [str(tmp_path / f"{row}.tif") for row in range(3)]
+    for path, image in zip(paths, images, strict=True):
+        tifffile.imwrite(path, image, photometric="rgb", **options)
+    np.testing.assert_array_equal(gate(paths)[:].numpy(), images.transpose(0, 3, 1, 2))
+    Path(paths[2]).write_bytes(Path(paths[2]).read_bytes()[:-800])
+    shard = [(Path(path).name, Path(path).read_bytes()) for path in paths]
+    for X in (paths, write_shard(tmp_path / "a.tar", shard)):
+        with pytest.raises(ValueError, match=r"2\.tif.* cannot be read: "):
+            gate(X)
+
+
+def test_whole_tiff_files_are_not_decoded_at_the_gate(truth, tmp_path, monkeypatch):
+    paths = write_folder(tmp_path, truth, ".tif")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    assert gate(paths).shape == (N, 3, H, W)
+
+
+def test_long_integers_are_refused_at_the_gate(grey, tmp_path):
+    paths = write_folder(tmp_path, grey.astype(np.int32), ".tif")
+    assert gate(paths).pixel_range == (0, 65535)
+    np.testing.assert_array_equal(gate(paths)[:][:, 0].numpy(), grey)
+    Image.fromarray(np.full((H, W), 70_000, np.int32)).save(paths[4])
+    with pytest.raises(ValueError, match=r"0004\.tif cannot be read: its 32-bit integers are not"):
+        gate(paths)
+    with pytest.raises(ValueError, match="image in row 1 cannot be read: its 32-bit integers"):
+        gate([Image.open(paths[3]), Image.open(paths[4])])
 
 
 def test_a_file_that_breaks_later_is_named(truth, tmp_path):
@@ -718,6 +766,8 @@ def test_clear_errors(truth, grey, tmp_path):
         (truth.astype(complex), {}, "dtype complex128"),
         (truth.reshape(N, -1), {"image_shape": (8, 8, 3)}, "image_shape=.* rows have 189 values"),
         (truth.reshape(N, -1), {"image_shape": (-1, -1, 3)}, "of which one may be -1"),
+        (truth.reshape(N, -1), {"image_shape": (H, W + 0.5, 3)}, "three numbers of at least 1"),
+        (truth.reshape(N, -1), {"image_shape": 189}, "three numbers of at least 1"),
         (truth.reshape(N, -1), {"image_shape": (-1, 8, 3)}, "does not fit X, whose rows have 189"),
         (truth, {"image_shape": (8, 8, 3)}, r"does not fit X, whose images are \(9, 7, 3\)"),
         (truth, {"min_image_size": 8}, "9 x 7 pixels, but Pixels needs at least 8 x 8"),
@@ -725,6 +775,8 @@ def test_clear_errors(truth, grey, tmp_path):
         (tmp_path, {}, "holds no images"),
         (str(tmp_path / "none-{00..01}.tar"), {}, "none-00.tar cannot be read"),
         ("s3://bucket/a-{00..01}.tar", {}, "local files: download"),
+        ("a-{03..01}.tar", {}, r"range of shards in a-\{03\.\.01\}.tar ends before it begins"),
+        (write_shard(tmp_path / "a.tar.gz", []), {}, "no images: none in .*tar.gz"),
     ]  # fmt: skip
     for X, options, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -215,6 +215,13 @@ def test_weight_decay_may_rise(X, monkeypatch, given, used):
         ({"augmentation": {"flop": 1}}, "no value of a recipe"),
         ({"method_options": {"bottelneck": 8}}, "bottelneck"),
         ({"method_options": {"mix": "colours"}}, "mix"),
+        ({"method_options": {"bottleneck": 0}}, r"bottleneck=0 must be an int in the range \[1"),
+        ({"method_options": {"center_momentum": 2.0}}, r"center_momentum=2.0 must be a float"),
+        ({"method_options": {"frozen_epochs": -1}}, r"frozen_epochs=-1 must be"),
+        ({"method_options": {"hidden": "256"}}, r"hidden='256' must be an int .* or .*'auto'"),
+        ({"method_options": {"norm_last": "no"}}, r"norm_last='no' must be"),
+        ({"method_options": {"queue_size": 0}}, r"queue_size=0 must be"),
+        ({"method_options": {"warmup_teacher_temp": 0.0}}, r"warmup_teacher_temp=0.0 must be"),
         ({"features": "cls", "backbone": "small_resnet"}, "vision transformer"),
         ({"pretrained": "nowhere"}, "is no file"),
         ({"image_shape": (3, 3, 1)}, "image_shape"),
@@ -251,6 +258,8 @@ def test_pretrained_weights_are_where_a_fit_begins(X, tmp_path):
     path.unlink()  # a saved model does without
     loaded = diffaugkit.load(tmp_path / "model")
     np.testing.assert_array_equal(loaded.transform(X), second.transform(X))
+    # Nor does a fit that goes on from its own weights need those of the file.
+    assert loaded.set_params(warm_start=True).fit(X).n_iter_ == 2
 
 
 def test_attention_and_patch_tokens(X):
@@ -269,6 +278,19 @@ def test_attention_and_patch_tokens(X):
     for call in ("attention_maps", "patch_tokens"):
         with pytest.raises(ValueError, match="needs a vision transformer"):
             getattr(tiny("simclr").fit(X), call)(X)
+
+
+@every_method
+def test_compile_reaches_what_the_loss_calls(X, method, monkeypatch):
+    calls = []
+
+    def count(function, **_):
+        return lambda *args: calls.append(1) or function(*args)
+
+    monkeypatch.setattr(torch, "compile", count)
+    compiled = tiny(method, compile=True).fit(X).transform(X)
+    assert calls
+    np.testing.assert_array_equal(compiled, tiny(method).fit(X).transform(X))
 
 
 # ---- input ---------------------------------------------------------------------------------------
@@ -513,6 +535,9 @@ def test_warm_start_goes_on(X, method):
     assert all(torch.equal(kept[name], value) for name, value in module.state_dict().items())
     with pytest.raises(ValueError, match=r"."):
         encoder.fit(np.zeros((20, 64), np.float32))
+    if method == "dino":
+        with pytest.raises(ValueError, match="size were changed"):
+            encoder.set_params(out_dim=32).fit(X)
     np.testing.assert_allclose(encoder.transform(X), before, rtol=0.2, atol=0.2)
 
 

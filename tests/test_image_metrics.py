@@ -1,6 +1,7 @@
 """DINO's evaluation protocols against slow, obvious versions of themselves and peers."""
 
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -93,6 +94,9 @@ def test_weighted_knn_on_digits(digits):
     assert weighted_knn_accuracy(X, y, X_test, np.full(300, 99)) == 0.0
     with pytest.raises(ValueError, match="k must hold at least one"):
         weighted_knn_accuracy(X, y, X_test, y_test, k=())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # each image may be a class of its own
+        assert weighted_knn_accuracy(X, np.arange(300), X, np.arange(300), k=1) == 1.0
 
 
 def test_weighted_knn_equals_lightlys(digits):

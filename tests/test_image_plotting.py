@@ -298,6 +298,14 @@ def test_attention_of_a_unet_is_refused():
 # ------------------------------------------------------------------ errors
 
 
+def test_flattened_images_in_a_table():
+    X = pictures(4)
+    flat = pd.DataFrame(X.reshape(4, -1)).add_prefix("pixel_")
+    found = SampleGridDisplay(flat, flat[:2], image_shape=(6, 5, 3)).plot()
+    expected = SampleGridDisplay(X, X[:2]).plot()
+    np.testing.assert_array_equal(found.image_.get_array(), expected.image_.get_array())
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -306,6 +314,8 @@ def test_attention_of_a_unet_is_refused():
         (lambda: SampleGridDisplay(pictures(4), pictures(2), ["a"]).plot(), "name the 2 rows"),
         (lambda: SampleGridDisplay(pictures(4), pictures(2), None, pictures(3)).plot(), "as many"),
         (lambda: SampleGridDisplay(np.zeros((4, 9))).plot(), "give image_shape"),
+        (lambda: SampleGridDisplay(pictures(0)).plot(), "no images to draw"),
+        (lambda: InterpolationDisplay([], [], [[]], [0.5]).plot(), "no images to draw"),
         (lambda: SampleGridDisplay.from_estimator(3, pictures(2)), "int has no method 'augment'"),
         (
             lambda: InterpolationDisplay.from_estimator(3, pictures(2), pictures(2)),

@@ -459,6 +459,17 @@ def test_scorers_read_what_the_generator_reads(blobs, form):
         assert np.isfinite(scores).all()
 
 
+def test_a_list_of_rows_is_scored_as_the_matrix():
+    class Embedding(Shifting):
+        def transform(self, X):
+            return np.asarray(X)[:, :2]
+
+    X = normal(50, 4)
+    expected = -frechet_distance(X, X + 1.0)
+    assert frechet_scorer(Embedding(), X.tolist()) == frechet_scorer(Embedding(), X) == expected
+    assert frechet_scorer(Embedding(), list(X)) == expected
+
+
 def test_scorer_of_the_classes(blobs):
     X, y = blobs
     model = Copier(random_state=0).fit(X)
@@ -536,6 +547,10 @@ def test_quality_report_equals_its_parts(blobs):
     assert set(report.to_frame()) >= {"frechet_distance_0", "frechet_distance_2"}
     bars = report.plot().patches
     assert [bar.get_width() for bar in bars][2:4] == [report.recall, report.effective_diversity]
+    # Copies of others than the sources that were named.
+    ax = quality_report(X, X, np.roll(np.arange(len(X)), 1)).plot()
+    assert "inf" in [text.get_text() for text in ax.texts]
+    ax.figure.canvas.draw()
 
 
 def test_effective_diversity():
@@ -613,6 +628,14 @@ def test_quality_report_of_images_under_an_extractor():
     assert report.copy_ratio == 0.0
     with pytest.raises(ValueError, match="int row numbers"):
         quality_report(images, images, images, extractor=channel_means)
+
+
+def test_quality_report_with_tensors_as_embeddings(blobs):
+    X, y = blobs
+    source = np.arange(50)
+    tensors = torch.from_numpy(X).requires_grad_(), torch.from_numpy(X[:50]).requires_grad_()
+    found = quality_report(X, X[:50], source, embed=tensors, labels=y)
+    assert found == quality_report(X, X[:50], source, embed=(X, X[:50]), labels=y)
 
 
 def test_quality_report_without_labels_or_sources(blobs):

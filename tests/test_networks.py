@@ -476,7 +476,7 @@ def test_dropout_is_of_the_hidden_layers_before_y_and_of_training():
 
 
 @pytest.mark.parametrize("wrap", ["plain", "safetensors", "teacher", "module"])
-def test_weights_come_from_a_file(tmp_path, wrap):
+def test_weights_come_from_a_file(tmp_path, wrap, monkeypatch):
     source = seeded(make_backbone, "small_resnet", (8, 8, 1))
     weights = {k: v + 1 if v.is_floating_point() else v for k, v in source.state_dict().items()}
     path = tmp_path / "weights.pth"
@@ -492,6 +492,9 @@ def test_weights_come_from_a_file(tmp_path, wrap):
     loaded = make_backbone("small_resnet", (8, 8, 1), pretrained=path)
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, weights[key]), key
+    monkeypatch.setenv("HOME", str(tmp_path))
+    loaded = make_backbone("small_resnet", (8, 8, 1), pretrained=f"~/{path.name}")
+    assert torch.equal(loaded.conv1.weight, weights["conv1.weight"])
     fresh = seeded(make_backbone, "small_resnet", (8, 8, 1), pretrained=path, load=False)
     assert torch.equal(fresh.conv1.weight, source.conv1.weight)
 

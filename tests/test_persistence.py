@@ -1232,6 +1232,13 @@ def test_hostile_documents(model, change):
         load(model)
 
 
+def test_a_small_file_does_not_fill_the_memory(model):
+    """A forged size is refused before its module is made, however much memory there is."""
+    forge_document(model, _put("params", "n_components", 10**8))
+    with pytest.raises(ModelFileError, match="far larger than the saved weights"):
+        load(model)
+
+
 @pytest.mark.parametrize("raw", [b"NaN", b"Infinity", b"[" * 10**5, b'{"a":1,"a":2}', b"\xff", b""])
 def test_documents_that_are_no_json(model, raw):
     """Neither are those that are not strict JSON."""

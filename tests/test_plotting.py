@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.decomposition import PCA
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -201,6 +202,14 @@ def test_embedding_display_size_and_palette():
     assert [h.get_markerfacecolor() for h in display.legend_.legend_handles] == ["red", "blue"]
     with pytest.raises(ValueError, match=r"no colour for \['b'\]"):
         EmbeddingDisplay(normal(10, 2), y).plot(palette={"a": "red"})
+    with pytest.raises(ValueError, match="1 colours for 2 classes"):
+        EmbeddingDisplay(normal(10, 2), y).plot(palette=["red"])
+
+
+def test_embedding_display_of_tensors():
+    tensor = torch.from_numpy(normal(4, 2)).bfloat16().requires_grad_()
+    display = EmbeddingDisplay(tensor, torch.arange(4)).plot()
+    assert texts(display.legend_) == list("0123")
 
 
 def test_embedding_display_from_estimator():
@@ -369,6 +378,7 @@ def test_import_does_not_load_matplotlib_or_pandas():
         (pd.Categorical([None, 1, 2] * 3), ["1", "2", "unlabelled"]),
         (pd.Categorical([0.5, 1.5, 2.5] * 3), ["0.5", "1.5", "2.5"]),
         (pd.Series([1, 2, None] * 3, dtype="Int64"), ["1", "2", "unlabelled"]),
+        ([1, 2, None] * 3, ["1", "2", "unlabelled"]),
         (pd.to_datetime(["2020-01-01", "2021-02-03", None] * 3), ["2020-01-01", "2021-02-03"]),
     ],
 )

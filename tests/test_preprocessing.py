@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
@@ -484,6 +485,36 @@ def test_a_cell_never_exceeds_its_total(counts):
     np.testing.assert_allclose(
         model.inverse_transform(3 * cells, total_counts=500.0), back * 500 / model.target_sum_, 1e-5
     )
+
+
+def test_a_sparse_cell_never_exceeds_its_total(counts):
+    model = CellPreprocessor("log1p", n_top_genes=30, scale=False).fit(sp.csr_matrix(counts))
+    cells = 3 * model.transform(sp.csr_matrix(counts))
+    for totals in (None, 500.0):
+        np.testing.assert_allclose(
+            model.inverse_transform(cells, totals).toarray(),
+            model.inverse_transform(cells.toarray(), totals),
+            rtol=1e-6,
+        )
+
+
+def test_shares_of_genes_in_any_unit(counts):
+    shares = CellPreprocessor("pearson_residuals").fit(counts).gene_fractions_
+    with pytest.warns(UserWarning, match="not whole numbers"):
+        tiny = CellPreprocessor("pearson_residuals").fit(counts * 1e-6)
+    np.testing.assert_allclose(tiny.gene_fractions_, shares, rtol=1e-5)
+
+
+@EACH
+def test_cells_and_totals_as_tensors(normalization, counts):
+    model = CellPreprocessor(normalization, n_top_genes=30).fit(counts)
+    cells = torch.tensor(model.transform(counts)).bfloat16()
+    totals = torch.full((len(cells),), 500.0, requires_grad=True)
+    np.testing.assert_array_equal(
+        model.inverse_transform(cells, totals), model.inverse_transform(cells.float().numpy(), 500)
+    )
+    with pytest.raises(ValueError, match="Negative values in data passed to total_counts"):
+        model.inverse_transform(cells, -totals)
 
 
 def test_set_output_and_names(counts, adata, tmp_path):

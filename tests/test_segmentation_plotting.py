@@ -152,6 +152,26 @@ def test_paths_of_images_and_masks(X, masks, tmp_path):
     np.testing.assert_array_equal(whole.image_.get_array(), expected.image_.get_array())
 
 
+def test_folders_of_images_of_several_sizes(X, masks, tmp_path):
+    images, regions = [X[0], X[1, :5, :7]], [masks[0], masks[1, :5, :7]]
+    for row, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{row}.png")
+    expected = SegmentationDisplay(images, regions).plot().image_.get_array()
+    for folder in (tmp_path, str(tmp_path)):
+        display = SegmentationDisplay(folder, regions).plot()
+        np.testing.assert_array_equal(display.image_.get_array(), expected)
+
+
+def test_bytes_beside_floats_are_drawn_in_their_own_range(X, masks):
+    X[1] = 102
+    expected = SegmentationDisplay(X, masks).plot().image_.get_array()
+    mixed = SegmentationDisplay([X[0], X[1] / 255], masks).plot().image_.get_array()
+    np.testing.assert_allclose(mixed, expected, atol=1e-6)
+    # Floats of no known scale share one.
+    dark = SegmentationDisplay([X[0] / 10.0, X[1] / 10.0], masks).plot()
+    assert tiles(dark)[0, 0].max() == 0
+
+
 def test_from_estimator_and_given_axes(X, masks):
     import matplotlib.pyplot as plt
 

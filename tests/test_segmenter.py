@@ -3,10 +3,13 @@
 import copy
 import io
 import pickle
+import warnings
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.mixture import GaussianMixture
@@ -219,6 +222,37 @@ def test_held_out_images_without_objects_choose_no_epoch():
     np.testing.assert_array_equal(model.predict_proba(X), last.predict_proba(X))
 
 
+def test_objects_that_would_all_be_held_out_are_learned_from():
+    X, masks = blobs(8)
+    model = tiny(validation_fraction=0.25, max_epochs=2)
+    _, held = model._split(8, None, 0)
+    masks[np.setdiff1d(np.arange(8), held)] = 0
+    with pytest.warns(UserWarning, match="All images that show an object are among the 2 images"):
+        model.fit(X, masks)
+    assert "validation_dice" not in model.history_
+
+
+def test_held_out_images_are_read_as_they_are_needed(tmp_path, monkeypatch):
+    X, masks = blobs(8)
+    paths = []
+    for number, image in enumerate(X):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(image).save(paths[-1])
+    monkeypatch.setattr("diffaugkit.segmentation_data._KEPT_VALUES", 0)
+    given, alive, read = [], [], ImageList.read
+
+    def remember(images, number):
+        given.append(weakref.ref(found := read(images, number)))
+        return found
+
+    def count(epoch, history):
+        alive.append(len({id(found()) for found in given if found() is not None}))
+
+    monkeypatch.setattr(ImageList, "read", remember)
+    tiny(diffusion=None, validation_fraction=0.5, callbacks=count).fit(paths, masks)
+    assert max(alive) <= 1
+
+
 def test_keep_best():
     with isolated_rng(0):
         kept = KeepBest(torch.nn.Linear(2, 2))
@@ -267,8 +301,6 @@ def test_windows_sum_to_one(kind):
 
 
 def test_any_size_and_container(fitted, tmp_path):
-    from PIL import Image
-
     sizes = [(8, 8), (30, 9), (5, 21), (3, 2), (16, 16)]
     images = [blobs(1, *size, seed=i)[0][0] for i, size in enumerate(sizes)]
     together = fitted.predict_proba(images)
@@ -337,7 +369,10 @@ def test_labels_come_back_as_they_were(data):
     np.testing.assert_array_equal(found, model.classes_[model.predict_proba(X).argmax(-1)])
     truth = tiny().fit(X, masks.astype(bool))
     assert truth.predict(X).dtype == bool
-    assert tiny().fit(X, masks.astype(float)).classes_.tolist() == [0, 1]
+    for kind in (np.float64, np.float16):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert tiny().fit(X, masks.astype(kind)).classes_.tolist() == [0, 1]
 
 
 def test_ignored_pixels_do_not_matter(data):
@@ -394,8 +429,6 @@ def test_score_is_mean_dice(data, fitted):
 
 
 def test_masks_from_files_and_of_several_sizes(tmp_path):
-    from PIL import Image
-
     pairs = [blobs(1, *size, seed=i) for i, size in enumerate([(16, 12), (9, 20), (8, 8)])]
     X, masks = [x[0] for x, _ in pairs], [mask[0] for _, mask in pairs]
     masks[2][:] = 1
@@ -417,8 +450,6 @@ def test_masks_from_files_and_of_several_sizes(tmp_path):
 
 @pytest.mark.parametrize("lossy", [("jpg", {}), ("tif", {"compression": "jpeg"})])
 def test_masks_that_jpeg_compressed_are_refused(data, tmp_path, lossy):
-    from PIL import Image
-
     X, masks = data
     suffix, options = lossy
     paths = []
@@ -429,6 +460,9 @@ def test_masks_that_jpeg_compressed_are_refused(data, tmp_path, lossy):
     for given in (paths, list(map(str, paths)), [Image.open(path) for path in paths]):
         with pytest.raises(ValueError, match=rf"row 2, .*2\.{suffix}, is a JPEG, .* PNG or"):
             tiny().fit(X, given)
+    if suffix == "tif":  # which is still known of what was made from it
+        with pytest.raises(ValueError, match="The mask in row 2 is a JPEG"):
+            tiny().fit(X, [Image.open(path).convert("L") for path in paths])
 
 
 @pytest.mark.parametrize(
@@ -482,10 +516,25 @@ def test_bad_input_after_fit(data, fitted):
     for other in (latents, mixture, FrozenEstimator(clone(mixture).fit([[0.0], [1.0]]))):
         with pytest.raises(TypeError, match="no U-Net of pixels"):
             tiny(diffusion=other).fit(X, masks)
+    with isolated_rng(0):
+        own = EmbeddingConditionedDiffusion(None, denoiser=Plain(), callbacks=never)
+    with pytest.raises(TypeError, match="Plain has no convolution conv_out"):
+        tiny(diffusion=own).fit(X, masks)
     before = vars(fitted).copy()
     with pytest.raises(ValueError, match="masks"):
         fitted.fit(X, masks[:2])
     assert vars(fitted) == before
+
+
+class Plain(torch.nn.Module):
+    """A denoiser without a last layer of that name."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x_t, t, cond=None, drop=None):
+        return self.convolution(x_t)
 
 
 # ---- patches and what is done to them ------------------------------------------------------------
@@ -576,6 +625,11 @@ def test_composition(data):
     flat = tiny(image_shape=(16, 16, 3)).fit(X.reshape(8, -1), masks.reshape(8, -1))
     assert flat.predict(X.reshape(8, -1)).shape == (8, 256)
     assert flat.predict_proba(X.reshape(8, -1)).shape == (8, 256, 2)
+    # What comes back is as what was given, not as what was fitted.
+    assert flat.predict(X).shape == masks.shape
+    assert flat.predict_proba(X).shape == (*masks.shape, 2)
+    upright = tiny(image_shape=(16, 16, 3)).fit(X, masks)
+    np.testing.assert_array_equal(upright.predict(X.reshape(8, -1)), flat.predict(X.reshape(8, -1)))
 
 
 def test_a_refit_is_equal_and_copies_too(data, fitted, tmp_path):

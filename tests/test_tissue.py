@@ -4,11 +4,14 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import struct
 import sys
 import time
 import tracemalloc
 import types
 import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -274,6 +277,12 @@ def test_resolutions_by_the_names_of_slides(slide):
         assert table.groupby("slide")["height"].unique().map(list).to_dict() == {
             name: [side] for name, side in sides.items()
         }
+    # A column of numbers holds NaN for None: what the slide says stays.
+    own = open_slide(slide)
+    own.mpp = (2.0, 2.0)
+    for unknown in ([None, 4.0], np.array([np.nan, 4.0]), pd.Series({2: 4.0, 1: None})):
+        table = TissueTiles([own, slide], 8, slide_mpp=unknown, **options).table
+        assert set(zip(table["slide"], table["height"], strict=True)) == set(sides.items())
     for known, missing in (
         ({0: 2.0, 1: 4.0}, "not so 2: it has 0, 1"),
         ({"1": 2.0, "2": 4.0}, "not so 1, 2: it has '1', '2'"),
@@ -647,6 +656,48 @@ def test_tiff_of_other_inks_depths_and_resolutions(tmp_path):
     # A writer that knows no resolution may say 0.
     tifffile.imwrite(path, image, photometric="rgb", resolution=(0, 0), resolutionunit=3)
     assert open_slide(path).mpp is None
+
+
+@pytest.mark.parametrize("mode", ["P", "YCbCr"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_tiff_of_palettes_and_other_colours(mode, compression, tmp_path):
+    image = Image.fromarray(np.full((32, 64, 3), PINK, np.uint8))
+    options = {"palette": Image.Palette.ADAPTIVE} if mode == "P" else {}
+    image.convert(mode, **options).save(tmp_path / "s.tif", compression=compression)
+    tiles = TissueTiles([tmp_path / "s.tif"], 32)
+    np.testing.assert_allclose(tiles.read(1), np.broadcast_to(PINK, (32, 32, 3)), atol=2)
+    Image.merge("LAB", image.split()).save(tmp_path / "lab.tif", compression=compression)
+    with pytest.raises(ValueError, match="Slide lab cannot be read: it has mode LAB, but"):
+        TissueTiles([tmp_path / "lab.tif"], 32)
+
+
+def test_a_png_of_16_bits_is_refused(tmp_path):
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0))]
+    chunks += [(b"IDAT", zlib.compress((b"\0" + bytes(32 * 6)) * 32)), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
+    (tmp_path / "s.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with pytest.raises(ValueError, match="Slide s cannot be read: it has 16 bits a channel, but"):
+        TissueTiles([tmp_path / "s.png"], 32, tissue_threshold=None)
+
+
+def test_several_threads_decode_a_picture_once(tmp_path, monkeypatch):
+    Image.fromarray(GOOD).save(tmp_path / "s.png")
+    tiles = TissueTiles([tmp_path / "s.png"], 32, tissue_threshold=None)
+    decoded, decode = [], readers._rgb
+
+    def slow(image):
+        decoded.append(image)
+        time.sleep(0.1)
+        return decode(image)
+
+    monkeypatch.setattr(readers, "_rgb", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(tiles.read, range(4)))
+    np.testing.assert_array_equal(found, cut(GOOD, tiles))
+    assert len(decoded) == 1
 
 
 def test_without_a_reader(tmp_path, monkeypatch):

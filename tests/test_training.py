@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diffaugkit import batches as batches_file
 from diffaugkit import runtime
 from diffaugkit.batches import make_batches
 from diffaugkit.runtime import (
@@ -291,6 +293,19 @@ def test_global_streams_are_untouched(toy):
     assert torch.equal(before[0], torch.get_rng_state())
 
 
+def test_settings_of_torch_change_nothing(toy):
+    expected, _ = train(toy)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            found, _ = train(toy)
+            assert not torch.is_grad_enabled()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(found, expected)
+
+
 def test_each_batch_has_its_own_draws(toy):
     draws = []
 
@@ -334,6 +349,16 @@ def test_a_bad_loss_is_named_and_the_last_good_weights_return(toy, value):
     assert same(module, ends[0])
     assert caught.value.module is module
     assert [row["epoch"] for row in caught.value.history] == [0]
+
+
+def test_a_bad_loss_comes_home_from_a_worker(toy):
+    module = network()
+    with pytest.raises(NonFiniteLossError) as caught:
+        train(toy, module=module, loss=lambda x, y: module(x).sum() * math.nan)
+    found = pickle.loads(pickle.dumps(caught.value))
+    assert str(found) == str(caught.value)
+    assert (found.epoch, found.batch, found.history) == (0, 0, [])
+    assert same(found.module, module)
 
 
 def test_a_bad_first_epoch_gives_the_start_back(toy):
@@ -490,7 +515,7 @@ def test_bf16_trains_as_fp32_does(toy):
         (12, 5, [5, 5, 2]),
         (3, 300, [3]),
         (1, 4, [1]),
-        (3, 1, [1, 2]),
+        (3, 1, [1, 1, 1]),
     ],
 )
 def test_sizes_of_batches(n, size, expected):
@@ -499,6 +524,15 @@ def test_sizes_of_batches(n, size, expected):
     assert [len(batch) for batch in seen] == expected
     assert batches.steps_per_epoch == len(expected)
     assert sorted(torch.cat(seen).tolist()) == list(range(n))
+
+
+def test_a_batch_without_rows_for_each_process_is_refused(monkeypatch):
+    monkeypatch.setattr(batches_file, "process_rank", lambda: (1, 2))
+    batches = make_batches(torch.arange(6), batch_size=2, device="cpu")
+    assert [len(batch) for (batch,) in batches.epoch(0)] == [1, 2]
+    alone = make_batches(torch.arange(6), batch_size=1, device="cpu")
+    with pytest.raises(ValueError, match=r"batch of 1 rows .* among 2 processes"):
+        _ = alone.steps_per_epoch
 
 
 class Disk:

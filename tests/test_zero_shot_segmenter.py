@@ -332,6 +332,33 @@ def test_an_image_does_not_depend_on_those_around_it(X, fitted):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).predict(X), whole)
 
 
+def test_masks_that_do_not_fit_are_refused_before_any_work(X, fitted, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("it was segmented")
+
+    monkeypatch.setattr(ZeroShotSegmenter, "_attention", never)
+    for y in (X[:5, ..., 0], X[:, :6, :, 0], X):
+        with pytest.raises(ValueError, match=r"y has shape .*, but X holds 24 images of 12 x 10"):
+            fitted.score(X, y)
+
+
+def test_many_segments_are_enlarged_some_at_a_time(X, diffusion, monkeypatch):
+    model = tiny(diffusion, n_anchors=12, n_iterations=1, merge_threshold=1e-6).fit(X)
+    enlarged = []
+
+    def interpolate(maps, **options):
+        enlarged.append(maps.shape)
+        return resize(maps, **options)
+
+    resize = torch.nn.functional.interpolate
+    monkeypatch.setattr("diffaugkit.zero_shot_segmenter.F.interpolate", interpolate)
+    found = model.predict(X[:2])
+    assert max(shape[0] for shape in enlarged if shape[2:] == (12, 10)) <= 16
+    assert found.max() > 16
+    monkeypatch.setattr("diffaugkit.zero_shot_segmenter._ENLARGED", 1000)
+    np.testing.assert_array_equal(model.predict(X[:2]), found)
+
+
 def test_parameters_reach_the_model(X, diffusion):
     coarse = tiny(diffusion, resolution=(6, 5)).fit(X)
     assert coarse.predict(X[:2]).shape == (2, 12, 10)

@@ -146,12 +146,15 @@ class QualityReport:
         places = np.arange(len(values))[::-1]
         alarm = [name == "copy_ratio" and self.near_copies for name in values]
         colors = np.where(alarm, "#d55e00", "#0072b2")
-        bars = ax.barh(places, list(values.values()), color=colors, height=0.7)
-        ax.bar_label(bars, fmt="%.2f", padding=3)
+        # A copy ratio may be infinite: its bar ends at the edge.
+        edge = 1.15 * max([1.0, *(value for value in values.values() if np.isfinite(value))])
+        widths = np.minimum(list(values.values()), edge)
+        bars = ax.barh(places, widths, color=colors, height=0.7)
+        ax.bar_label(bars, [f"{value:.2f}" for value in values.values()], padding=3)
         marks = np.array([real[name] for name in values], dtype=float)
         ax.vlines(marks, places - 0.45, places + 0.45, color="black", label="real samples")
         ax.set_yticks(places, [name.replace("_", " ") for name in values])
-        ax.set_xlim(0, 1.15 * max([1.0, *values.values()]))
+        ax.set_xlim(0, edge)
         ax.set_title(f"Quality of {self.n_generated} generated samples", loc="left")
         ax.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
         return ax
@@ -282,7 +285,7 @@ or None, default=None
             }
         real_e, generated_e = everything, generated
         if isinstance(embed, tuple):
-            real_e, generated_e = embed[0], np.asarray(embed[1])[picked]
+            real_e, generated_e = embed[0], np.asarray(to_numpy(embed[1]))[picked]
         elif embed is not None:
             real_e, generated_e = embed(everything), embed(generated)
         real_e, generated_e = check_pair(real_e, generated_e)
@@ -341,6 +344,7 @@ class _GenerationScorer:
             made = np.repeat(labels, len(generated) // n)
             kwargs = {**kwargs, "labels": labels, "generated_labels": made}
         is_matrix = hasattr(X, "__array__") and np.ndim(X) == 2
+        is_matrix |= isinstance(X, list) and np.ndim(X[0]) == 1  # rows of numbers
         if extractor is None and not is_matrix and hasattr(estimator, "transform"):
             extractor = estimator  # reads images, sparse rows and AnnData, as it did in fit
         real = extract_features(extractor, X, "X")

@@ -220,7 +220,8 @@ def frechet(space, real, generated, n, seed):
 def run(args, results):
     names = ("size", "n_labels", "guidance_scale", "n_candidates", "sampling_steps", "steps")
     shared = {name: getattr(args, name) for name in (*names, "judges", "epochs")}
-    shared["pretraining"] = args.seeds[0] if args.one_pretraining else "of each seed"
+    once = args.pretraining_seed
+    shared["pretraining"] = "of each seed" if once is None else once
     for target in args.targets:
         results.settle(target, **shared)
     for target in args.targets:
@@ -262,7 +263,7 @@ def run(args, results):
                     continue
                 start, generator = time.perf_counter(), None
                 if variant != "unpretrained":
-                    start_seed = args.seeds[0] if args.one_pretraining else seed
+                    start_seed = seed if once is None else once
                     folder = Path(f"{args.out}.models") / f"{source}-{args.size}-{start_seed}"
                     generator = pretrained(args, source, start_seed, folder)
                 made = pools(args, variant, generator, *own, seed)
@@ -331,7 +332,7 @@ def main():
     parser.add_argument("--judges", type=int, default=3, help="whose mean each figure is")
     parser.add_argument("--epochs", type=int, help="of every other network; default: the library's")
     parser.add_argument(
-        "--one-pretraining", action="store_true", help="that of the first seed, for all seeds"
+        "--pretraining-seed", type=int, help="pre-train once, with this; default: with each seed"
     )
     parser.add_argument("--out", default="histodiffusion.json", help="resumed when it exists")
     parser.add_argument("--quick", action="store_true", help="hardly trained: a smoke test")
