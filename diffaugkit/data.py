@@ -178,20 +178,32 @@ def check_X(
         if isinstance(X, Rows):
             _check_names_of_rows(estimator, X, reset)
             _check_limits(estimator, X, **limits)
-            return X
-        if is_a(X, "anndata", "AnnData"):
+            rows = X
+        elif is_a(X, "anndata", "AnnData"):
             rows = _check_anndata(estimator, X, reset, layer, limits)
         else:
             rows = _check_array(estimator, X, reset, limits)
-        if not allow_counts and looks_like_counts(rows):
-            name = type(estimator).__name__
-            raise ValueError(
-                f"X looks like raw counts (non-negative integers, some of them large), but {name} "
-                "expects normalised values. Put a CellPreprocessor in front: "
-                f"make_pipeline(CellPreprocessor(), {name}()), or, if they are no counts, a "
-                "StandardScaler."
-            )
+        if not allow_counts:
+            _check_counts(estimator, rows, reset, refuse=not isinstance(X, Rows))
     return rows
+
+
+def _check_counts(estimator, rows, reset, refuse):
+    # Where the values of fit were whole numbers but no counts, as some were negative or none was
+    # large, single rows of the same table may look like counts.
+    if not reset and getattr(estimator, "_whole_numbers", False):
+        return
+    found = sample_range(rows)
+    if refuse and _are_counts(rows, *found):
+        name = type(estimator).__name__
+        raise ValueError(
+            f"X looks like raw counts (non-negative integers, some of them large), but {name} "
+            "expects normalised values. Put a CellPreprocessor in front: "
+            f"make_pipeline(CellPreprocessor(), {name}()), or, if they are no counts, a "
+            "StandardScaler."
+        )
+    if reset:
+        estimator._whole_numbers = found[2] > 0.5
 
 
 def looks_like_counts(rows):
@@ -219,16 +231,19 @@ def looks_like_counts(rows):
     >>> looks_like_counts(SparseRows(sp.csr_array([[0, 12], [3, 0]])))
     True
     """
-    smallest, largest, whole = sample_range(rows)
+    return _are_counts(rows, *sample_range(rows))
+
+
+def _are_counts(rows, smallest, largest, whole):
     # Beyond 2 to the 24 every float32 is whole.
     large = (255 if rows.origin == "dense" else 10) < largest < 2**24
-    return bool(whole and smallest >= 0 and large)
+    return whole == 1 and smallest >= 0 and large
 
 
 def sample_range(rows):
-    """Look at up to 512 rows: least and greatest value, and whether all are whole numbers."""
+    """Look at up to 512 rows: least and greatest value, share of whole numbers among those not 0."""
     if not len(rows):
-        return 0.0, 0.0, True
+        return 0.0, 0.0, 1.0
     if len(rows) <= 512:
         block = rows.block(slice(None))
     else:
@@ -237,11 +252,12 @@ def sample_range(rows):
         block = rows.block((starts[:, None] + np.arange(64)).ravel())
     values = block.data if sp.issparse(block) else block
     if not values.size:
-        return 0.0, 0.0, True
+        return 0.0, 0.0, 1.0
     low, high = float(values.min()), float(values.max())
     if sp.issparse(block):
         low, high = min(low, 0.0), max(high, 0.0)
-    return low, high, bool(np.all(values == np.rint(values)))
+    values = values[values != 0]
+    return low, high, float(np.mean(values == np.rint(values))) if values.size else 1.0
 
 
 def _set_names(estimator, rows_shape, names, reset):

@@ -79,8 +79,9 @@ _NAMES = {
 _DATA = "|".join(pattern.pattern for pattern in _NAMES.values())
 _LEFTOVER = re.compile(rf"{_DATA}|({_DATA}|manifest\.json)\.[0-9a-f]{{8}}\.tmp|\.DS_Store")
 _FITTED_NAME = re.compile(r"[A-Za-z]\w*_", re.ASCII)
-# set_output() keeps its choice here; clone() carries it over, so does a saved model.
-_EXTRA_STATE = ("_sklearn_output_config",)
+# set_output() keeps its choice here; clone() carries it over, so does a saved model. What
+# check_X learns about whole numbers belongs to every estimator.
+_EXTRA_STATE = ("_sklearn_output_config", "_whole_numbers")
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32,
     "U64": torch.uint64, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,

@@ -640,7 +640,7 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _rows(self, X, *, reset, **limits):
         rows = check_X(self, X, reset=reset, layer=self.layer, ensure_non_negative=True, **limits)
-        if not sample_range(rows)[2]:
+        if sample_range(rows)[2] < 1:
             warnings.warn(
                 f"{type(self).__name__} expects raw counts, but X holds values that are not whole "
                 "numbers. If X is normalised already, leave this step out; if the counts are in a "

@@ -442,6 +442,22 @@ def test_counts_are_recognised():
     check_X(PCA(), counts, reset=True, allow_counts=False)
 
 
+def test_rows_of_a_table_of_whole_numbers_are_no_counts_after_fit():
+    # Altitudes and differences: negative in some rows, so that those without look like counts.
+    table = np.random.default_rng(0).integers(-500, 3000, size=(40, 6)).astype(float)
+    single = np.abs(table[:1])
+    pca = PCA()
+    check_X(pca, table, reset=True, allow_counts=False)
+    assert np.array_equal(check_X(pca, single, reset=False, allow_counts=False).block([0]), single)
+    part = PCA()  # of another estimator, which hands on its rows
+    check_X(part, check_X(PCA(), table, reset=True), reset=True, allow_counts=False)
+    check_X(part, single, reset=False, allow_counts=False)
+
+    check_X(pca, table / 7, reset=True, allow_counts=False)
+    with pytest.raises(ValueError, match="raw counts"):
+        check_X(pca, single, reset=False, allow_counts=False)
+
+
 @pytest.fixture
 def scikit_learn_draws():
     """Its checks draw from NumPy's global stream, which no call of ours may move."""

@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 from sklearn.model_selection import GridSearchCV
 
-from diffaugkit import SelfSupervisedEncoder, objectives
+from diffaugkit import SelfSupervisedEncoder, load, objectives
 from diffaugkit.metrics import kmeans_scores, knn_accuracy, linear_svm_accuracy
 from diffaugkit.persistence import ModelFileError
 from diffaugkit.rows import DenseRows
@@ -421,3 +421,12 @@ def test_a_folder_of_checkpoints_is_no_place_for_a_model(blobs, tmp_path):
     encoder = SelfSupervisedEncoder(max_epochs=1, random_state=0, checkpoint_dir=tmp_path)
     with pytest.raises(ModelFileError, match="holds the checkpoints of a fit"):
         encoder.fit(blobs[0]).save(tmp_path)
+
+
+def test_single_rows_of_whole_numbers_are_transformed_after_load(tmp_path):
+    table = np.random.default_rng(0).integers(-500, 3000, size=(40, 6)).astype(np.float32)
+    model = SelfSupervisedEncoder(max_epochs=1, random_state=0).fit(table)
+    single = np.abs(table[:1])  # alone it looks like raw counts
+    model.save(tmp_path / "model")
+    found = load(tmp_path / "model").transform(single)
+    assert np.array_equal(found, model.transform(single))
