@@ -241,7 +241,7 @@ def _are_counts(rows, smallest, largest, whole):
 
 
 def sample_range(rows):
-    """Look at up to 512 rows: least and greatest value, share of whole numbers among those not 0."""
+    """Look at up to 512 rows: least and greatest value, share of whole numbers beside zeros."""
     if not len(rows):
         return 0.0, 0.0, 1.0
     if len(rows) <= 512:
