@@ -96,8 +96,9 @@ class DiffusionDetector(PretrainedUNet):
     pretrain_epochs, max_epochs, batch_size, learning_rate
         As for :class:`~diffaugkit.DiffusionSegmenter`.
     device, precision, compile, random_state, verbose, checkpoint_dir, callbacks
-        Common parameters; see :class:`~diffaugkit.base.TorchEstimator`. Each phase keeps its
-        checkpoints in a folder of its own.
+        Common parameters, handed to a `diffusion` that is fitted here; see
+        :class:`~diffaugkit.base.TorchEstimator`. Each phase keeps its checkpoints in a folder of
+        its own.
 
     Attributes
     ----------

@@ -192,7 +192,7 @@ class PretrainedUNet(TorchEstimator):
             if isinstance(model.denoiser, nn.Module):
                 with isolated_rng(0):
                     self._with_head(copy.deepcopy(model.denoiser))  # refuses what has no last layer
-            self._seed_part(diffusion, seed, 0)
+            self._seed_part(self._hand_over(diffusion), seed, 0)
             self._fit_part(diffusion, "diffusion", patches)
         shape = model.image_shape_
         if shape[2] != patches.shape[1]:

@@ -98,8 +98,9 @@ class DiffusionSegmenter(PretrainedUNet):
         Peak rate of AdamW with warm-up and cosine, in both phases; take the paper's 1e-4 for its
         network.
     device, precision, compile, random_state, verbose, checkpoint_dir, callbacks
-        Common parameters; see :class:`~diffaugkit.base.TorchEstimator`. Each phase keeps its
-        checkpoints in a folder of its own.
+        Common parameters, handed to a `diffusion` that is fitted here; see
+        :class:`~diffaugkit.base.TorchEstimator`. Each phase keeps its checkpoints in a folder of
+        its own.
 
     Attributes
     ----------

@@ -517,9 +517,9 @@ def test_bad_input_after_fit(data, fitted):
         with pytest.raises(TypeError, match="no U-Net of pixels"):
             tiny(diffusion=other).fit(X, masks)
     with isolated_rng(0):
-        own = EmbeddingConditionedDiffusion(None, denoiser=Plain(), callbacks=never)
+        own = EmbeddingConditionedDiffusion(None, denoiser=Plain())
     with pytest.raises(TypeError, match="Plain has no convolution conv_out"):
-        tiny(diffusion=own).fit(X, masks)
+        tiny(diffusion=own, callbacks=never).fit(X, masks)
     before = vars(fitted).copy()
     with pytest.raises(ValueError, match="masks"):
         fitted.fit(X, masks[:2])
@@ -644,7 +644,14 @@ def test_a_refit_is_equal_and_copies_too(data, fitted, tmp_path):
     np.testing.assert_array_equal(loaded.predict_proba(X), expected)
     assert loaded.score(X, masks) == fitted.score(X, masks)
     generator = EmbeddingConditionedDiffusion(None, block_out_channels=(8, 16), max_epochs=1)
-    given = tiny(diffusion=generator).fit(X, masks)
+    epochs = []
+    given = tiny(
+        diffusion=generator, device="cpu", callbacks=lambda epoch, history: epochs.append(epoch)
+    ).fit(X, masks)
+    # The part takes the common parameters of the whole, as everywhere.
+    assert given.diffusion_.device == "cpu"
+    assert len(epochs) == len(given.history_) == 1 + given.max_epochs
+    given.set_params(callbacks=None).diffusion_.set_params(callbacks=None)
     given.save(tmp_path / "given")
     np.testing.assert_array_equal(load(tmp_path / "given").predict_proba(X), given.predict_proba(X))
 
