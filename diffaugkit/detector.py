@@ -361,6 +361,7 @@ class DiffusionDetector(PretrainedUNet):
             See :func:`~diffaugkit.metrics.box_average_precision`.
         """
         check_is_fitted(self, "module_")
+        self._require(y, "boxes")
         images = self._read(X, reset=False)
         return box_average_precision(read_boxes(y, images), self._predict(images))
 

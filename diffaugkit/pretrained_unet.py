@@ -211,12 +211,15 @@ class PretrainedUNet(TorchEstimator):
 
     def _read_labelled(self, X, y, name):
         """Read the images of ``fit``, decoded where they fit into memory."""
+        self._require(y, name)
+        return self._read(X, reset=True).loaded()
+
+    def _require(self, y, name):
         if y is None:
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None: give "
                 f"{name}."
             )
-        return self._read(X, reset=True).loaded()
 
     def _read(self, X, *, reset, name="X"):
         """Images of any container as an ImageList; what is learned of them is of the first one."""

@@ -381,6 +381,7 @@ class DiffusionSegmenter(PretrainedUNet):
             any. 1 if none has. Pixels of `ignore_label` do not count.
         """
         check_is_fitted(self, "module_")
+        self._require(y, "masks")
         images = self._read(X, reset=False)
         targets = self._encode(read_masks(y, images), reset=False)
         n_classes = len(self.classes_)

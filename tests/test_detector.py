@@ -706,6 +706,8 @@ def test_bad_input(data, change, message):
 
 def test_a_failed_fit_changes_nothing(data, fitted):
     X, boxes = data
+    with pytest.raises(ValueError, match="requires y .* give boxes"):
+        fitted.score(X, None)
     before = vars(fitted).copy()
     with pytest.raises(ValueError, match="boxes"):
         fitted.fit(X, boxes[:2])
