@@ -14,6 +14,7 @@ D(., .), tau, N  symmetric Kullback-Leibler divergence, `merge_threshold`, `n_it
 M x M grid       `n_anchors`
 L_p, NMS         ``merge_attention``: proposals; each pixel goes to the one that is largest there
 k-means          ``cluster_attention``: `refine`, or `n_segments` instead of the merging
+(ours)           ``guided_filter``: borders at the edges of the image, `guided_radius`
 ===============  ===========================================================================
 """
 
@@ -41,7 +42,7 @@ from diffaugkit.data import check_X
 from diffaugkit.denoisers import UNetDenoiser, record_attention, unet_size
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion, _mean_maps
 from diffaugkit.image_inputs import check_image_shape, check_is_image
-from diffaugkit.image_rows import ImageRows
+from diffaugkit.image_rows import ImageRows, to_unit
 from diffaugkit.metrics import matched_dice, matched_iou
 from diffaugkit.runtime import isolated_rng
 
@@ -53,6 +54,8 @@ _THRESHOLD_IMAGES = 64
 _CHUNK = 1024
 # Segments that are enlarged to the pixels of an image at once.
 _ENLARGED = 16
+# Variance within a window, of pixels in [0, 1], above which the guided filter sees an edge.
+_EDGE_VARIANCE = 1e-3
 _SMALLEST = 1e-12
 
 
@@ -91,6 +94,13 @@ class ZeroShotSegmenter(TorchEstimator):
     refine : bool, default=False
         Whether k-means of the logarithms of all maps, from the proposals, has the last word.
         DiffSeg's benchmark does without.
+    guided_radius : int, "auto" or None, default=None
+        Radius in pixels of a guided filter (He et al. 2010), through which each segment passes
+        before a pixel goes to the largest, so that borders lie at edges of the image and not at
+        those of the attention's coarse grid. "auto" is the side of a position of that grid. None,
+        as in DiffSeg, enlarges smoothly. It is worth 1 to 2 points of Dice on glands
+        (``docs/benchmarks.md``, "Masks without masks"); leave it where a region is known by its
+        texture and not by its colour.
     quantile : float in (0, 1), default=0.2
         For ``merge_threshold="auto"``: share of the pairs of anchors, over at most 64 images of
         ``fit``, whose divergence lies below the threshold. Lower than the 1 / k of all pairs that
@@ -175,6 +185,7 @@ class ZeroShotSegmenter(TorchEstimator):
         "n_anchors": [Interval(Integral, 1, None, closed="left")],
         "n_iterations": [Interval(Integral, 1, None, closed="left")],
         "refine": ["boolean"],
+        "guided_radius": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"}), None],
         "quantile": [Interval(Real, 0, 1, closed="neither")],
         "resolution": [StrOptions({"finest"}), tuple, list],
         "conditional": ["boolean"],
@@ -196,6 +207,7 @@ class ZeroShotSegmenter(TorchEstimator):
         n_anchors=16,
         n_iterations=3,
         refine=False,
+        guided_radius=None,
         quantile=0.2,
         resolution="finest",
         conditional=False,
@@ -218,6 +230,7 @@ class ZeroShotSegmenter(TorchEstimator):
         self.n_anchors = n_anchors
         self.n_iterations = n_iterations
         self.refine = refine
+        self.guided_radius = guided_radius
         self.quantile = quantile
         self.resolution = resolution
         self.conditional = conditional
@@ -306,7 +319,12 @@ class ZeroShotSegmenter(TorchEstimator):
                 )
             if self.refine or self.n_segments is not None:
                 segments = cluster_attention(attention, segments)
-            found = _largest(segments.view(-1, 1, *shape), cell, masks.shape[1:])
+            sharpen = None
+            if self.guided_radius is not None:
+                radius = cell if self.guided_radius == "auto" else self.guided_radius
+                image = to_unit(torch.as_tensor(rows[[i]]), rows.pixel_range)[0]
+                sharpen = guided_filter(image.to(segments.device), radius, 4 * _EDGE_VARIANCE)
+            found = _largest(segments.view(-1, 1, *shape), cell, masks.shape[1:], sharpen)
             masks[i] = _by_size(found.cpu().numpy())
         return masks
 
@@ -697,14 +715,66 @@ def cluster_attention(attention, start):
     return -torch.from_numpy(distances.T.astype(np.float32)).to(attention.device).square()
 
 
-def _largest(segments, cell, size):
+def guided_filter(guide, radius, eps):
+    """Make a filter that gives maps the edges of an image.
+
+    In each window the map is explained as a linear function of the image's colours; each pixel gets
+    the mean of what the windows around it say (He, Sun and Tang 2010, "Guided Image Filtering",
+    ECCV, Eqs. 14 to 16, the colour version).
+
+    Parameters
+    ----------
+    guide : Tensor of shape (c, h, w)
+        The image.
+    radius : int
+        Windows have a side of ``2 * radius + 1`` pixels, less at the border of the image.
+    eps : float
+        Ridge on the slopes: windows whose colours vary by much less are averaged.
+
+    Returns
+    -------
+    callable
+        From maps of shape (n, h, w) to maps of that shape. It is linear in the maps.
+
+    Examples
+    --------
+    >>> import torch
+    >>> guide = torch.tensor([[[0.0, 0, 0, 1, 1, 1]]])
+    >>> blurred = torch.tensor([[[0.0, 0, 0.4, 0.6, 1, 1]]])
+    >>> [round(value, 1) for value in guided_filter(guide, 1, 1e-4)(blurred)[0, 0].tolist()]
+    [0.1, 0.1, 0.2, 0.8, 0.9, 0.9]
+    """
+    side = 2 * radius + 1
+
+    def mean(maps):
+        # Of the rows, then of the columns: what lies outside the image does not count.
+        maps = F.avg_pool2d(maps[None], (side, 1), 1, (radius, 0), count_include_pad=False)
+        return F.avg_pool2d(maps, (1, side), 1, (0, radius), count_include_pad=False)[0]
+
+    centre = mean(guide)
+    products = mean((guide[:, None] * guide).flatten(0, 1)).unflatten(0, (len(guide), -1))
+    covariance = (products - centre[:, None] * centre).permute(2, 3, 0, 1)
+    ridge = eps * torch.eye(len(guide), dtype=guide.dtype, device=guide.device)
+    inverse = torch.linalg.inv(covariance + ridge)
+
+    def apply(one):
+        level = mean(one[None])
+        slopes = torch.einsum("hwij,jhw->ihw", inverse, mean(guide * one) - centre * level)
+        offset = level - (slopes * centre).sum(dim=0)
+        return (mean(slopes) * guide).sum(dim=0) + mean(offset)[0]
+
+    return lambda maps: torch.stack([apply(one) for one in maps])
+
+
+def _largest(segments, cell, size, sharpen=None):
     """Find which segment (n, 1, rows, columns) is largest at each pixel (height, width)."""
     height, width = size
     best = number = None
     for first in range(0, len(segments), _ENLARGED):
         part = segments[first : first + _ENLARGED]
         large = F.interpolate(part, scale_factor=cell, mode="bilinear", align_corners=False)
-        value, index = large[:, 0, :height, :width].max(dim=0)
+        large = large[:, 0, :height, :width]
+        value, index = (large if sharpen is None else sharpen(large)).max(dim=0)
         if best is None:
             best, number = value, index
         else:

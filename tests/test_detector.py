@@ -706,7 +706,7 @@ def test_bad_input(data, change, message):
 
 def test_a_failed_fit_changes_nothing(data, fitted):
     X, boxes = data
-    with pytest.raises(ValueError, match="requires y .* give boxes"):
+    with pytest.raises(ValueError, match=r"requires y .* give boxes"):
         fitted.score(X, None)
     before = vars(fitted).copy()
     with pytest.raises(ValueError, match="boxes"):

@@ -501,7 +501,7 @@ def test_bad_input_after_fit(data, fitted):
         fitted.predict(X[..., 0])
     with pytest.raises(ValueError, match="0 to 255"):
         fitted.predict(X.astype(np.float32))
-    with pytest.raises(ValueError, match="requires y .* give masks"):
+    with pytest.raises(ValueError, match=r"requires y .* give masks"):
         fitted.score(X, None)
     with pytest.raises(ValueError, match="patch_size"):
         tiny(patch_size=(8, 8, 8)).fit(X, masks)

@@ -19,6 +19,7 @@ from diffaugkit.zero_shot_segmenter import (
     aggregate_attention,
     anchor_positions,
     cluster_attention,
+    guided_filter,
     merge_attention,
     symmetric_divergence,
 )
@@ -242,6 +243,70 @@ def test_as_many_segments_as_asked(X, diffusion):
     assert model.predict(flat).shape == (1, 12, 10)
     with pytest.raises(ValueError, match=r"n_segments=121, but .* 120 positions, 12 x 10"):
         tiny(diffusion, n_segments=121).fit(X)
+
+
+# ---- borders -------------------------------------------------------------------------------------
+
+
+def slow_guided(guide, one, radius, eps):
+    """He et al.: a ridge regression in each window, the mean of all predictions for a pixel."""
+    c, h, w = guide.shape
+    total, count = np.zeros((h, w)), np.zeros((h, w))
+    slopes, offsets = np.zeros((h, w, c)), np.zeros((h, w))
+    windows = {}
+    for i in range(h):
+        for j in range(w):
+            rows = slice(max(0, i - radius), i + radius + 1)
+            columns = slice(max(0, j - radius), j + radius + 1)
+            windows[i, j] = rows, columns
+            x = guide[:, rows, columns].reshape(c, -1).T
+            y = one[rows, columns].ravel()
+            A = np.c_[x, np.ones(len(x))]
+            ridge = np.diag([eps * len(x)] * c + [0.0])
+            found = np.linalg.solve(A.T @ A + ridge, A.T @ y)
+            slopes[i, j], offsets[i, j] = found[:c], found[c]
+    for (rows, columns), a, b in zip(
+        windows.values(), slopes.reshape(-1, c), offsets.ravel(), strict=True
+    ):
+        total[rows, columns] += np.tensordot(a, guide[:, rows, columns], 1) + b
+        count[rows, columns] += 1
+    return total / count
+
+
+@pytest.mark.parametrize(("channels", "radius"), [(1, 1), (3, 2), (4, 9)])
+def test_the_guided_filter_is_a_ridge_regression_in_each_window(channels, radius):
+    rng = np.random.default_rng(0)
+    guide, maps = rng.random((channels, 7, 9)), rng.normal(size=(3, 7, 9))
+    expected = np.stack([slow_guided(guide, one, radius, 0.01) for one in maps])
+    apply = guided_filter(torch.from_numpy(guide), radius, 0.01)
+    np.testing.assert_allclose(apply(torch.from_numpy(maps)).numpy(), expected, atol=1e-10)
+    single = guided_filter(torch.from_numpy(guide).float(), radius, 0.01)
+    found = single(100 * torch.from_numpy(maps).float()).numpy()
+    np.testing.assert_allclose(found / 100, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [{}, {"n_segments": 2}], ids=str)
+@pytest.mark.parametrize("scale", [1, 1 / 255], ids=["bytes", "floats"])
+def test_borders_lie_at_the_edges_of_the_image(monkeypatch, how, scale):
+    # The object begins in the middle of a position of the attention.
+    truth = np.zeros((32, 32), int)
+    truth[6:22, 9:25] = 1
+    rng = np.random.default_rng(0)
+    image = np.where(truth, 160, 90) + rng.integers(-5, 6, size=truth.shape)
+    X = np.stack([image] * 4).astype(np.uint8)[..., None]
+    if scale != 1:
+        X = (X * scale).astype(np.float32)
+    model = tiny_diffusion(block_out_channels=(8, 8, 8, 8), n_attention_levels=2).fit(X)
+    coarse = truth[1::4, 1::4]
+    attending = Attending(coarse)
+    monkeypatch.setattr(model, "attention_maps", attending, raising=False)
+    options = {"merge_threshold": 1.0, "n_anchors": 16, **how}
+    plain = tiny(FrozenEstimator(model), **options).fit(X)
+    guided = clone(plain).set_params(guided_radius="auto").fit(X)
+    truth = np.stack([truth] * 4)
+    assert guided.score(X, truth) > max(plain.score(X, truth) + 0.05, 0.9)
+    same = clone(plain).set_params(guided_radius=4).fit(X)
+    np.testing.assert_array_equal(same.predict(X), guided.predict(X))
 
 
 # ---- the estimator -------------------------------------------------------------------------------

@@ -44,11 +44,13 @@ METHODS = {
     "otsu": "Otsu's threshold",
     "pixels": "k-means, pixels",
     "features": "k-means, features of the denoiser",
+    "smoothed": "k-means, features of the denoiser, guided filter",
     "auto": "attention, auto",
     "attention": "attention, threshold chosen",
     "refined": "attention, then k-means",
     "clusters": "k-means, attention maps",
     "halves": "k-means, attention maps, two, timestep chosen",
+    "guided": "k-means, attention maps, two, timestep chosen, guided filter",
 }
 SCORES = {
     "dice": "Dice of the best segment",
@@ -139,16 +141,32 @@ def otsu(X):
     return np.stack([image > threshold_otsu(image) for image in grey]).astype(np.int32)
 
 
-def clustered(features, n_segments):
-    """K-means of the positions of each image by itself: features (n, h, w, d)."""
+def clustered(features, n_segments, X=None):
+    """K-means of the positions of each image by itself: features (n, h, w, d).
+
+    With images `X` the distances from the clusters pass the guided filter of the segmenter, whose
+    radius is a position of its attention.
+    """
     masks = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an image of fewer colours than clusters
-        for image in features:
+        for i, image in enumerate(features):
             model = KMeans(n_segments, n_init=2, random_state=0)
             flat = image.reshape(-1, image.shape[-1])
-            masks.append(model.fit_predict(flat).reshape(image.shape[:2]))
+            found = -(model.fit_transform(flat) ** 2).T.reshape(-1, *image.shape[:2])
+            if X is not None:
+                found = guided(X[i], found)
+            masks.append(found.argmax(axis=0))
     return np.stack(masks)
+
+
+def guided(image, maps, radius=4, eps=4e-3):
+    import torch
+
+    from diffaugkit.zero_shot_segmenter import guided_filter
+
+    guide = torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1)
+    return guided_filter(guide, radius, eps)(torch.from_numpy(maps)).numpy()
 
 
 def denoiser_features(model, X, timestep):
@@ -236,6 +254,10 @@ def run(args, results):
                     f"features|{k}",
                     lambda X, k=k, model=model: clustered(denoiser_features(model, X, 50), k),
                 )
+                record(
+                    f"smoothed|{k}",
+                    lambda X, k=k, model=model: clustered(denoiser_features(model, X, 50), k, X),
+                )
             attention("auto|0", model)
             for quantile in QUANTILES:
                 attention(f"attention|{quantile}", model, quantile=quantile)
@@ -244,7 +266,9 @@ def run(args, results):
                 attention(f"clusters|{k}", model, n_segments=k)
             for timestep in TIMESTEPS:
                 attention(f"timestep|{timestep}", model, timestep=timestep)
-                attention(f"halves|{timestep}", model, timestep=timestep, n_segments=2)
+                halves = {"timestep": timestep, "n_segments": 2}
+                attention(f"halves|{timestep}", model, **halves)
+                attention(f"guided|{timestep}", model, **halves, guided_radius="auto")
 
 
 def chosen(records, name, seed, method):
@@ -276,6 +300,7 @@ def tables(results):
         print(markdown(["method", *SCORES.values(), "segments"], rows))
         curves = {
             "halves": ("timestep, two segments", TIMESTEPS),
+            "guided": ("timestep, two segments, guided filter", TIMESTEPS),
             "timestep": ("timestep, quantile 0.2", TIMESTEPS),
             "attention": ("quantile, timestep 300", QUANTILES),
         }
