@@ -506,11 +506,14 @@ def _refuse_collections(X):
 
 def _refuse_masked(X):
     """Refuse masked values: what lies beneath the mask would be read in silence."""
-    if isinstance(X, np.ma.MaskedArray) and np.ma.is_masked(X):
-        raise ValueError(
-            "X is a masked array with masked values, which are no numbers: leave their rows or "
-            "columns out, or fill them, as X.filled(0)."
-        )
+    listed = isinstance(X, list | tuple)
+    for row, part in enumerate(X if listed else [X]):
+        if isinstance(part, np.ma.MaskedArray) and np.ma.is_masked(part):
+            where = f"Row {row} of X" if listed else "X"
+            raise ValueError(
+                f"{where} is a masked array with masked values, which are no numbers: leave their "
+                "rows or columns out, or fill them, as X.filled(0)."
+            )
 
 
 def _refuse_images(estimator, X):

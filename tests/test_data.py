@@ -234,8 +234,10 @@ def test_masked_values_and_collections_are_refused(images, truth):
     _assert_same_numbers(check_X(PCA(), masked, reset=True, images=images), truth)
     masked[3, 2] = np.ma.masked
     for X in (masked, _anndata(masked)):
-        with pytest.raises(ValueError, match=r"masked values.*X\.filled\(0\)"):
+        with pytest.raises(ValueError, match=r"X is .* masked values.*X\.filled\(0\)"):
             check_X(PCA(), X, reset=True, images=images)
+    with pytest.raises(ValueError, match=r"Row 3 of X is .* masked values"):
+        check_X(PCA(), list(masked), reset=True, images=images)
     for table, join in ((_anndata(truth), "anndata.concat"), (pd.DataFrame(truth), "pandas.con")):
         with pytest.raises(TypeError, match=f"list of .*: join them first, as {join}"):
             check_X(PCA(), [table, table], reset=True, images=images)
