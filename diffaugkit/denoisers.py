@@ -499,17 +499,8 @@ class UNetDenoiser(nn.Module):
         Middle layers know what a picture shows, as the classes of unseen pictures can be read off
         (Baranchuk et al. 2022, Xiang et al. 2023, "Denoising diffusion autoencoders").
         """
-        found, own = [], threading.get_ident()
-
-        def note(_, args, out):  # other threads may run the same network meanwhile
-            if threading.get_ident() == own:
-                found.append(out)
-
-        hook = self.unet.mid_block.register_forward_hook(note)
-        try:
+        with _outputs_of([self.unet.mid_block]) as found:
             self(x_t, t)
-        finally:
-            hook.remove()
         quarters = F.adaptive_avg_pool2d(found[0], 2).flatten(1)
         return torch.cat([quarters, found[0].flatten(2).std(dim=2, correction=0)], dim=1)
 
@@ -682,6 +673,54 @@ def record_attention(denoiser):
                 hook = part.register_forward_pre_hook(record, with_kwargs=True)
                 stack.enter_context(hook)
         yield maps
+
+
+@contextlib.contextmanager
+def record_features(denoiser):
+    """Collect the features of every call inside: what each block of the way up gives.
+
+    Parameters
+    ----------
+    denoiser : UNetDenoiser
+        The network.
+
+    Yields
+    ------
+    features : list of Tensor (B, channels, rows, columns)
+        One per block in the order of the calls, from the coarsest resolution on.
+
+    Raises
+    ------
+    TypeError
+        For another denoiser.
+
+    Examples
+    --------
+    >>> import torch
+    >>> denoiser = UNetDenoiser(n_channels=1, block_out_channels=(8, 16))
+    >>> with record_features(denoiser) as features:
+    ...     _ = denoiser(torch.randn(2, 1, 8, 8), torch.tensor([300, 300]))
+    >>> [tuple(block.shape) for block in features]
+    [(2, 16, 8, 8), (2, 8, 8, 8)]
+    """
+    if not isinstance(denoiser, UNetDenoiser):
+        raise TypeError(f"{type(denoiser).__name__} has no way up to record: use UNetDenoiser.")
+    with _outputs_of(denoiser.unet.up_blocks) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def _outputs_of(parts):
+    found, own = [], threading.get_ident()
+
+    def note(_, args, out):  # other threads may run the same network meanwhile
+        if threading.get_ident() == own:
+            found.append(out)
+
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(part.register_forward_hook(note))
+        yield found
 
 
 DENOISERS = {"mlp": MLPDenoiser, "diffaug": DiffAugDenoiser}

@@ -1,4 +1,4 @@
-"""Masks without any training on masks: regions from the self-attention of a diffusion model.
+"""Masks without any training on masks: regions from what a diffusion model knows of images.
 
 DiNO-Diffusion segments lungs with the network that was trained to draw X-rays, by DiffSeg (Tian et
 al. 2023, "Diffuse, Attend, and Segment", arXiv 2308.12469): positions of one region attend to the
@@ -13,9 +13,13 @@ A_f              ``aggregate_attention``: all resolutions on one grid, weights a
 D(., .), tau, N  symmetric Kullback-Leibler divergence, `merge_threshold`, `n_iterations`
 M x M grid       `n_anchors`
 L_p, NMS         ``merge_attention``: proposals; each pixel goes to the one that is largest there
-k-means          ``cluster_attention``: `refine`, or `n_segments` instead of the merging
-(ours)           ``guided_filter``: borders at the edges of the image, `guided_radius`
+k-means          ``cluster_attention``: `refine`
 ===============  ===========================================================================
+
+Two things are ours. Where the number of segments is known, the features of the way up of the same
+network are clustered (``aggregate_features``, `n_segments`), which finds glands better than its
+attention; and a guided filter (``guided_filter``, `guided_radius`) brings borders to the edges of
+the image.
 """
 
 import warnings
@@ -65,7 +69,8 @@ class ZeroShotSegmenter(TorchEstimator):
     Each image goes through the denoiser once, without noise. Its attention maps are brought to one
     grid; those of a grid of anchors are merged while their divergence is below a threshold; each
     pixel then goes to the merged map that is largest there. Where the number of segments is known,
-    all maps are clustered into as many instead. The segments have numbers, not names.
+    the features of the denoiser are clustered into as many instead. The segments have numbers, not
+    names.
 
     Parameters
     ----------
@@ -84,8 +89,9 @@ class ZeroShotSegmenter(TorchEstimator):
         0.05. "auto" reads it from the training images, see `quantile`.
     n_segments : int or None, default=None
         Segments of each image, where their number is known, as 2 for one kind of object and the
-        rest: k-means of the logarithms of all maps takes the place of the merging and of its
-        threshold. None lets the merging find how many there are.
+        rest: k-means of the denoiser's features
+        (:meth:`~diffaugkit.EmbeddingConditionedDiffusion.feature_maps`) takes the place of the
+        attention, the merging and its threshold. None lets the merging find how many there are.
     n_anchors : int, default=16
         Rows and columns of the grid of anchors, at most those of the attention.
     n_iterations : int, default=3
@@ -97,17 +103,19 @@ class ZeroShotSegmenter(TorchEstimator):
     guided_radius : int, "auto" or None, default=None
         Radius in pixels of a guided filter (He et al. 2010), through which each segment passes
         before a pixel goes to the largest, so that borders lie at edges of the image and not at
-        those of the attention's coarse grid. "auto" is the side of a position of that grid. None,
-        as in DiffSeg, enlarges smoothly. It is worth 1 to 2 points of Dice on glands
-        (``docs/benchmarks.md``, "Masks without masks"); leave it where a region is known by its
-        texture and not by its colour.
+        those of the coarse grid of the maps. "auto" is the side of a position of that grid. None,
+        as in DiffSeg, enlarges smoothly. The coarser the grid, the more it helps
+        (``docs/benchmarks.md``, "Masks without masks").
     quantile : float in (0, 1), default=0.2
         For ``merge_threshold="auto"``: share of the pairs of anchors, over at most 64 images of
         ``fit``, whose divergence lies below the threshold. Lower than the 1 / k of all pairs that
         lie inside one of k equal regions, as means of maps are closer than maps; see Notes.
-    resolution : "finest" or tuple of (int, int), default="finest"
-        Attention resolution (rows, columns) on which maps are merged. A coarser one than the finest
-        takes less memory, n**2 values for n positions; finer maps are averaged down to it.
+    resolution : "auto", "finest" or tuple of (int, int), default="auto"
+        Rows and columns of the grid on which regions are found, one of the resolutions of the
+        attention, with `n_segments` of the U-Net; finer maps are averaged down to it. "auto" is the
+        finest of the attention, with `n_segments` half of the network's own: means of 2 x 2
+        positions, which tell textures apart. A coarser attention takes less memory, n**2 values for
+        n positions.
     conditional : bool, default=False
         Under the embedding of each image; False is the null condition, as in DiffSeg.
     image_shape : tuple of (int, int, int) or None, default=None
@@ -151,11 +159,16 @@ class ZeroShotSegmenter(TorchEstimator):
     the maps are the softmax of its products with all keys, so that a mean of logarithms is the map
     of a mean query.
 
+    With `n_segments` the features of all blocks of the way up are put side by side, each block in
+    units of its spread over the image. Clusters of the maps of attention, of the same networks at
+    timestep 300, were behind by 3 to 5 points of Dice on glands (four networks), on textures and on
+    nuclei (one each); on glands, both together were not better than features alone.
+
     Measured on images of two textures of one brightness (16 x 16, 352 steps; segments found, and
     mean IoU with the background): quantile 0.1 gives 7.9 and 36, 0.15 4.2 and 42, 0.2 2.8 and 43,
-    0.3 1.3 and 34; k-means on pixels has 35, on features of the same network 35. Timesteps 20 to
-    300 differ by less than 2. A network that has hardly learned attends everywhere alike (median
-    divergence 0.001 after 300 steps on tissue), and its segments mean little.
+    0.3 1.3 and 34; k-means on pixels has 35. Timesteps 20 to 300 differ by less than 2. A network
+    that has hardly learned attends everywhere alike (median divergence 0.001 after 300 steps on
+    tissue), and its segments mean little.
 
     An image is segmented by itself: its mask does not depend on the others of a call.
 
@@ -163,7 +176,9 @@ class ZeroShotSegmenter(TorchEstimator):
     ----------
     "DiNO-Diffusion: Scaling Medical Diffusion Models via Self-Supervised Pre-Training", sections
     2.4 and 3, appendix B. Tian et al. 2023, "Diffuse, Attend, and Segment: Unsupervised Zero-Shot
-    Segmentation using Stable Diffusion", arXiv 2308.12469.
+    Segmentation using Stable Diffusion", arXiv 2308.12469. Baranchuk et al. 2022, "Label-Efficient
+    Semantic Segmentation with Diffusion Models", arXiv 2112.03126. He, Sun and Tang 2010, "Guided
+    Image Filtering", ECCV.
 
     Examples
     --------
@@ -187,7 +202,7 @@ class ZeroShotSegmenter(TorchEstimator):
         "refine": ["boolean"],
         "guided_radius": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"}), None],
         "quantile": [Interval(Real, 0, 1, closed="neither")],
-        "resolution": [StrOptions({"finest"}), tuple, list],
+        "resolution": [StrOptions({"auto", "finest"}), tuple, list],
         "conditional": ["boolean"],
         "image_shape": [tuple, list, None],
         **{
@@ -209,7 +224,7 @@ class ZeroShotSegmenter(TorchEstimator):
         refine=False,
         guided_radius=None,
         quantile=0.2,
-        resolution="finest",
+        resolution="auto",
         conditional=False,
         image_shape=None,
         max_epochs="auto",
@@ -266,7 +281,7 @@ class ZeroShotSegmenter(TorchEstimator):
         ------
         ValueError
             For input that cannot be used, a timestep or resolution that the model has not, or more
-            segments than positions of its attention.
+            segments than positions of the grid.
         TypeError
             If the denoiser of the diffusion is no U-Net.
         """
@@ -282,7 +297,8 @@ class ZeroShotSegmenter(TorchEstimator):
         if self.n_segments is None and self.merge_threshold == "auto":
             self.merge_threshold_ = self._find_threshold(rows)
             return self
-        self._attention(rows, 0)  # so that what it has not is refused here
+        # So that what the network has not is refused here.
+        (self._attention if self.n_segments is None else self._features)(rows, 0)
         self.merge_threshold_ = None if self.n_segments else float(self.merge_threshold)
         return self
 
@@ -308,17 +324,19 @@ class ZeroShotSegmenter(TorchEstimator):
         rows = self._check_input(X, reset=False)
         masks = np.empty((len(rows), *self.image_shape_[:2]), np.int32)
         for i in range(len(rows)):
-            attention, shape, cell = self._attention(rows, i)
-            segments = self.n_segments
-            if segments is None:
+            if self.n_segments is None:
+                attention, shape, cell = self._attention(rows, i)
                 segments = merge_attention(
                     attention,
                     self.merge_threshold_,
                     anchor_positions(shape, self.n_anchors),
                     n_iterations=self.n_iterations,
                 )
-            if self.refine or self.n_segments is not None:
-                segments = cluster_attention(attention, segments)
+                if self.refine:
+                    segments = cluster_attention(attention, segments)
+            else:
+                features, shape, cell = self._features(rows, i)
+                segments = _cluster(features, self.n_segments)
             sharpen = None
             if self.guided_radius is not None:
                 radius = cell if self.guided_radius == "auto" else self.guided_radius
@@ -467,43 +485,79 @@ class ZeroShotSegmenter(TorchEstimator):
             module = diffusion._make_module(shape, 0)
         if not isinstance(module, UNetDenoiser):
             raise self._no_unet(diffusion)
+        if self.n_segments is not None:
+            self._choose_grid(shape[1:], module.multiple)
+            return
         with torch.no_grad(), record_attention(module) as found:
             module(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))
-        maps = _mean_maps(found.self_attention, module.multiple, shape[1:])
-        self._choose_resolution(maps)
+        self._choose_resolution(_mean_maps(found.self_attention, module.multiple, shape[1:]))
 
     def _choose_resolution(self, sizes):
         """Pick the resolution on which maps are merged, out of those that there are."""
-        shape = tuple(self.resolution)
-        if self.resolution == "finest":
-            shape = max(sizes, key=lambda size: size[0] * size[1])
-        if shape not in sizes:
+        if isinstance(self.resolution, str):
+            return max(sizes, key=lambda size: size[0] * size[1])
+        return self._check_resolution(sizes, "attention")
+
+    def _choose_grid(self, inner, multiple):
+        """Pick rows and columns of the grid on which features are clustered, and its stride."""
+        levels = range(multiple.bit_length())
+        sizes = {tuple(-(-side // 2**k) for side in inner): 2**k for k in reversed(levels)}
+        if isinstance(self.resolution, str):
+            stride = 2 if self.resolution == "auto" else 1
+            shape = tuple(-(-side // stride) for side in inner)
+        else:
+            shape = self._check_resolution(sizes, "U-Net")
+            stride = sizes[shape]
+        if self.n_segments > shape[0] * shape[1]:
             raise ValueError(
-                f"resolution={self.resolution!r} is none of the attention's: "
-                f"{', '.join(map(str, sorted(sizes)))}."
-            )
-        if (self.n_segments or 0) > shape[0] * shape[1]:
-            raise ValueError(
-                f"n_segments={self.n_segments}, but the attention maps of these images have "
+                f"n_segments={self.n_segments}, but the features of these images have "
                 f"{shape[0] * shape[1]} positions, {shape[0]} x {shape[1]}."
             )
-        return shape
+        return shape, stride
+
+    def _check_resolution(self, sizes, of):
+        if tuple(self.resolution) not in sizes:
+            raise ValueError(
+                f"resolution={self.resolution!r} is none of the {of}'s: "
+                f"{', '.join(map(str, sorted(sizes)))}."
+            )
+        return tuple(self.resolution)
 
     def _attention(self, rows, i):
         """Return maps of one image (n, n), rows and columns of their grid, and pixels of a cell."""
+        maps, inner, multiple = self._look(rows, i, "attention_maps")
+        strides = {size: _stride(size, inner, multiple) for size in maps}
+        shape = self._choose_resolution(maps)
+        maps = {size: self._to_device(found[0]) for size, found in maps.items()}
+        return (
+            aggregate_attention(maps, strides, shape),
+            shape,
+            strides[shape] * self._pixels_of(inner),
+        )
+
+    def _features(self, rows, i):
+        """Return features of one image (n, d), rows and columns of their grid, pixels of a cell."""
+        blocks, inner, multiple = self._look(rows, i, "feature_maps")
+        shape, stride = self._choose_grid(inner, multiple)
+        factors = [_stride(block.shape[2:], inner, multiple) / stride for block in blocks]
+        blocks = [self._to_device(block[0]) for block in blocks]
+        return aggregate_features(blocks, factors, shape), shape, stride * self._pixels_of(inner)
+
+    def _look(self, rows, i, what):
+        """Return what the network shows of one image, the size of its input, and its multiple."""
         model = self._model()
         # Alone, so that nothing in its batch can round it differently, and as all heads of all
         # layers of one image are many.
         image = ImageRows.like(rows, rows[[int(i)]])
-        maps = model.attention_maps(image, t=self.timestep_, conditional=self.conditional)
-        inner = model._space_of().shape[1:]
-        strides = {size: _stride(size, inner, model.module_.multiple) for size in maps}
-        shape = self._choose_resolution(maps)
-        device = self._device()
-        maps = {size: torch.from_numpy(found[0]).to(device) for size, found in maps.items()}
+        found = getattr(model, what)(image, t=self.timestep_, conditional=self.conditional)
+        return found, model._space_of().shape[1:], model.module_.multiple
+
+    def _to_device(self, array):
+        return torch.from_numpy(array).to(self._device())
+
+    def _pixels_of(self, inner):
         # A latent stands for several pixels.
-        cell = strides[shape] * _stride(inner, self.image_shape_[:2], max(self.image_shape_))
-        return aggregate_attention(maps, strides, shape), shape, cell
+        return _stride(inner, self.image_shape_[:2], max(self.image_shape_))
 
     def __sklearn_tags__(self):  # noqa: D105
         tags = super().__sklearn_tags__()
@@ -559,6 +613,44 @@ def aggregate_attention(maps, strides, shape):
         found = found * (weights[size] / total)
         out = found if out is None else out.add_(found)
     return out
+
+
+def aggregate_features(blocks, factors, shape):
+    """Bring features of several resolutions to one grid, side by side.
+
+    Parameters
+    ----------
+    blocks : list of Tensor of shape (channels, rows, columns)
+        Features of one image.
+    factors : list of float
+        Side of a position of each block, powers of two in units of those of the grid.
+    shape : tuple of (int, int)
+        Rows and columns of the grid.
+
+    Returns
+    -------
+    Tensor of shape (n, d), float32
+        Of each position. Every channel has mean zero over the image, and every block the same share
+        of the squared distances.
+
+    Examples
+    --------
+    >>> import torch
+    >>> block = torch.tensor([[[1.0, 3.0], [1.0, 3.0]]])
+    >>> aggregate_features([block], [1], (2, 2)).flatten().tolist()
+    [-1.0, 1.0, -1.0, 1.0]
+    """
+    out = []
+    for block, factor in zip(blocks, factors, strict=True):
+        block = block.float() - block.float().mean(dim=(1, 2), keepdim=True)
+        block = block / block.square().sum(dim=0).mean().sqrt().clamp(min=_SMALLEST)
+        if factor > 1:
+            options = {"mode": "bilinear", "align_corners": False}
+            block = F.interpolate(block[None], scale_factor=factor, **options)[0]
+        elif factor < 1:
+            block = _pooled(block[None], round(1 / factor))[0]
+        out.append(block[:, : shape[0], : shape[1]].flatten(1))
+    return torch.cat(out).T
 
 
 def _pooled(maps, factor):
@@ -677,15 +769,15 @@ def merge_attention(attention, threshold, anchors, n_iterations=3):
     return proposals
 
 
-def cluster_attention(attention, start):
+def cluster_attention(attention, proposals):
     """Cluster all maps by k-means of their logarithms.
 
     Parameters
     ----------
     attention : Tensor of shape (n, n)
         One distribution per position. Values below a hundredth of the uniform 1 / n count as such.
-    start : int or Tensor of shape (k, n)
-        Number of clusters, or the distributions to start from.
+    proposals : Tensor of shape (k, n)
+        The distributions to start from.
 
     Returns
     -------
@@ -696,23 +788,29 @@ def cluster_attention(attention, start):
     --------
     >>> import torch
     >>> attention = torch.tensor([[0.5, 0.5, 0, 0]] * 2 + [[0, 0, 0.5, 0.5]] * 2)
-    >>> cluster_attention(attention, 2).argmax(dim=0).unique(return_counts=True)[1].tolist()
-    [2, 2]
+    >>> cluster_attention(attention, attention[[0, 2]]).argmax(dim=0).tolist()
+    [0, 0, 1, 1]
     """
-    from sklearn.cluster import KMeans
 
     def logarithm(maps):
-        return maps.clamp(min=0.01 / maps.shape[1]).log().cpu().numpy()
+        return maps.clamp(min=0.01 / maps.shape[1]).log()
+
+    return _cluster(logarithm(attention), logarithm(proposals))
+
+
+def _cluster(points, start):
+    """Negative squared distances (k, n) of points (n, d) from the centres of k-means."""
+    from sklearn.cluster import KMeans
 
     if isinstance(start, Integral):
         model = KMeans(start, n_init=3, random_state=0)
     else:
-        model = KMeans(len(start), init=logarithm(start), n_init=1)
+        model = KMeans(len(start), init=start.cpu().numpy(), n_init=1)
     with warnings.catch_warnings():
-        # An image of one colour has fewer maps than clusters: some of them stay empty.
+        # An image of one colour has fewer kinds of points than clusters: some of them stay empty.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        distances = model.fit_transform(logarithm(attention))
-    return -torch.from_numpy(distances.T.astype(np.float32)).to(attention.device).square()
+        distances = model.fit_transform(points.cpu().numpy())
+    return -torch.from_numpy(distances.T.astype(np.float32)).to(points.device).square()
 
 
 def guided_filter(guide, radius, eps):

@@ -506,8 +506,33 @@ def test_attention_maps(images, fitted):
         fitted.attention_maps(X[:2], conditional=True)
     flat = X.reshape(40, -1) / 255
     vectors = EmbeddingConditionedDiffusion(None, width=8, max_epochs=1).fit(flat)
-    with pytest.raises(ValueError, match="vectors"):
-        vectors.attention_maps(flat)
+    for read in (vectors.attention_maps, vectors.feature_maps):
+        with pytest.raises(ValueError, match="vectors"):
+            read(flat)
+
+
+def test_feature_maps(images, fitted):
+    X = images[0]
+    blocks = fitted.feature_maps(X[:18])
+    module = fitted.module_.eval()
+    seen = []
+    hooks = [
+        block.register_forward_hook(lambda _, args, out: seen.append(out))
+        for block in module.unet.up_blocks
+    ]
+    x = torch.from_numpy(X[:2]).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        module(x, torch.full((2,), 300))
+    for hook in hooks:
+        hook.remove()
+    assert len(blocks) == len(seen)
+    for found, expected in zip(blocks, seen, strict=True):
+        rows, columns = found.shape[2:]
+        np.testing.assert_allclose(found[:2], expected[:, :, :rows, :columns], rtol=1e-4, atol=1e-5)
+    assert blocks[-1].shape[2:] == X.shape[1:3]
+    assert not np.array_equal(fitted.feature_maps(X[:2], t=900)[-1], blocks[-1][:2])
+    with pytest.raises(ValueError, match="t=1000"):
+        fitted.feature_maps(X[:2], t=1000)
 
 
 class _FirstPixel(BaseEstimator):

@@ -17,6 +17,7 @@ from diffaugkit.metrics import matched_dice, matched_iou
 from diffaugkit.zero_shot_segmenter import (
     ZeroShotSegmenter,
     aggregate_attention,
+    aggregate_features,
     anchor_positions,
     cluster_attention,
     guided_filter,
@@ -192,7 +193,7 @@ class Attending:
         return maps
 
 
-@pytest.mark.parametrize("how", [{}, {"refine": True}, {"n_segments": 3}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"refine": True}], ids=str)
 def test_blocks_come_out_exactly(X, monkeypatch, how):
     regions = np.zeros((12, 10), int)
     regions[2:8, 2:6] = 1
@@ -212,7 +213,7 @@ def test_blocks_come_out_exactly(X, monkeypatch, how):
     # One anchor sees its own region only: a segment of everything.
     assert (tiny(FrozenEstimator(model), n_anchors=1).fit(X).predict(X[:1]) == 0).all()
     # A high threshold merges all, a low one leaves each its own; the numbers go by size.
-    high = clone(segmenter).set_params(merge_threshold=100.0, n_segments=None).fit(X)
+    high = clone(segmenter).set_params(merge_threshold=100.0).fit(X)
     assert (high.predict(X[:1]) == 0).all()
     sizes = np.bincount(masks[0].ravel())
     assert (np.diff(sizes) <= 0).all()
@@ -224,12 +225,83 @@ def test_clusters_are_those_of_k_means_of_logarithms():
     logits = 3 * rng.normal(size=(3, 60))[kind] + 0.3 * rng.normal(size=(60, 60))
     maps = torch.softmax(torch.from_numpy(logits), dim=1).float()
     floor = maps.double().numpy().clip(min=0.01 / 60)
-    found = cluster_attention(maps, 3)
+    found = cluster_attention(maps, maps[[int(np.argmax(kind == k)) for k in range(3)]])
     members = found.argmax(dim=0).numpy()
     assert adjusted_rand_score(kind, members) == 1.0
     means = np.stack([np.log(floor)[members == k].mean(axis=0) for k in range(3)])
     distances = ((np.log(floor)[None] - means[:, None]) ** 2).sum(axis=-1)
     np.testing.assert_allclose(-found.numpy(), distances, rtol=1e-4, atol=1e-3)
+
+
+def slow_features(blocks, factors, shape):
+    """Each position of the grid by itself, in float64: means of finer ones, the nearest coarser."""
+    out = []
+    for block, factor in zip(blocks, factors, strict=True):
+        c, h, w = block.shape
+        block = block - block.reshape(c, -1).mean(axis=1)[:, None, None]
+        block = block / np.sqrt((block**2).sum(axis=0).mean())
+        grid = np.empty((*shape, c))
+        for i, j in np.ndindex(shape):
+            if factor <= 1:
+                side = round(1 / factor)
+                window = block[:, i * side : (i + 1) * side, j * side : (j + 1) * side]
+                grid[i, j] = window.reshape(c, -1).mean(axis=1)
+            else:  # bilinear, centres of positions half a position from the border
+                y, x = (np.clip((k + 0.5) / factor - 0.5, 0, None) for k in (i, j))
+                a, b = int(y), int(x)
+                y, x = y - a, x - b
+                d, e = min(a + 1, h - 1), min(b + 1, w - 1)
+                above = (1 - x) * block[:, a, b] + x * block[:, a, e]
+                below = (1 - x) * block[:, d, b] + x * block[:, d, e]
+                grid[i, j] = (1 - y) * above + y * below
+        out.append(grid.reshape(-1, c))
+    return np.concatenate(out, axis=1)
+
+
+def test_features_against_a_loop_over_positions():
+    rng = np.random.default_rng(0)
+    shapes = [(5, 3, 2), (4, 6, 4), (3, 11, 7)]  # of a network of 11 x 7 on a grid of 6 x 4
+    blocks = [rng.normal(3, 10.0**k, size=shape) for k, shape in enumerate(shapes)]
+    found = aggregate_features([torch.from_numpy(block) for block in blocks], [2, 1, 0.5], (6, 4))
+    assert found.shape == (24, 12)
+    expected = slow_features(blocks, [2, 1, 0.5], (6, 4))
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    # Every block counts alike, whatever its units.
+    spread = found[:, 5:9].square().sum(dim=1).mean()
+    assert spread == pytest.approx(1.0, rel=1e-5)
+    flat = aggregate_features([torch.full((2, 4, 4), 7.0)], [1], (4, 4))
+    assert (flat == 0).all()
+
+
+class Featured:
+    """Stands in for the U-Net's features: those of a region are alike."""
+
+    def __init__(self, regions):
+        self.regions = regions
+
+    def __call__(self, X, *, t="auto", conditional=False):
+        self.asked = t, conditional
+        kinds = np.random.default_rng(0).normal(size=(4, self.regions.max() + 1))
+        parts = (self.regions[::2, ::2], self.regions)
+        return [kinds[:, part][None].astype(np.float32) for part in parts]
+
+
+@pytest.mark.parametrize("resolution", ["auto", "finest", (6, 5), (12, 10)])
+def test_regions_of_features_come_out_exactly(X, monkeypatch, resolution):
+    regions = np.zeros((12, 10), int)
+    regions[2:8, 2:6] = 1
+    regions[8:, 6:] = 2
+    model = tiny_diffusion().fit(X)
+    featured = Featured(regions)
+    monkeypatch.setattr(model, "feature_maps", featured, raising=False)
+    segmenter = tiny(
+        FrozenEstimator(model), n_segments=3, timestep=40, resolution=resolution, guided_radius=None
+    ).fit(X)
+    truth = np.stack([regions, regions])
+    np.testing.assert_array_equal(segmenter.predict(X[:2]), truth)
+    assert featured.asked == (40, False)
+    segmenter.set_params(conditional=True).predict(X[:1])
+    assert featured.asked == (40, True)
 
 
 def test_as_many_segments_as_asked(X, diffusion):
@@ -241,8 +313,11 @@ def test_as_many_segments_as_asked(X, diffusion):
     np.testing.assert_array_equal(masks, pickle.loads(pickle.dumps(model)).predict(X))
     flat = np.full_like(X[:1], 100)  # fewer kinds of maps than segments: no error, no warning
     assert model.predict(flat).shape == (1, 12, 10)
-    with pytest.raises(ValueError, match=r"n_segments=121, but .* 120 positions, 12 x 10"):
-        tiny(diffusion, n_segments=121).fit(X)
+    with pytest.raises(ValueError, match=r"n_segments=31, but .* 30 positions, 6 x 5"):
+        tiny(diffusion, n_segments=31).fit(X)
+    assert tiny(diffusion, n_segments=31, resolution="finest").fit(X).predict(X[:1]).max() == 30
+    with pytest.raises(ValueError, match=r"resolution=\(3, 3\) is none of the U-Net's: .*12, 10"):
+        tiny(diffusion, n_segments=2, resolution=(3, 3)).fit(X)
 
 
 # ---- borders -------------------------------------------------------------------------------------
@@ -285,7 +360,7 @@ def test_the_guided_filter_is_a_ridge_regression_in_each_window(channels, radius
     np.testing.assert_allclose(found / 100, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", [{}, {"n_segments": 2}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"n_segments": 2, "resolution": (8, 8)}], ids=str)
 @pytest.mark.parametrize("scale", [1, 1 / 255], ids=["bytes", "floats"])
 def test_borders_lie_at_the_edges_of_the_image(monkeypatch, how, scale):
     # The object begins in the middle of a position of the attention.
@@ -298,8 +373,8 @@ def test_borders_lie_at_the_edges_of_the_image(monkeypatch, how, scale):
         X = (X * scale).astype(np.float32)
     model = tiny_diffusion(block_out_channels=(8, 8, 8, 8), n_attention_levels=2).fit(X)
     coarse = truth[1::4, 1::4]
-    attending = Attending(coarse)
-    monkeypatch.setattr(model, "attention_maps", attending, raising=False)
+    monkeypatch.setattr(model, "attention_maps", Attending(coarse), raising=False)
+    monkeypatch.setattr(model, "feature_maps", Featured(coarse), raising=False)
     options = {"merge_threshold": 1.0, "n_anchors": 16, **how}
     plain = tiny(FrozenEstimator(model), **options).fit(X)
     guided = clone(plain).set_params(guided_radius="auto").fit(X)
@@ -316,12 +391,13 @@ def test_borders_lie_at_the_edges_of_the_image(monkeypatch, how, scale):
     ("options", "message"),
     [
         ({"resolution": (3, 3)}, r"resolution=\(3, 3\) is none of the attention's: .*12, 10"),
-        ({"n_segments": 121}, r"n_segments=121, but .* 120 positions, 12 x 10"),
+        ({"n_segments": 31}, r"n_segments=31, but .* 30 positions, 6 x 5"),
+        ({"n_segments": 2, "resolution": (5, 5)}, r"resolution=\(5, 5\) is none of the U-Net's"),
         ({"conditional": True}, "conditional=True, but the diffusion has encoder=None"),
         ({"of": {"autoencoder": LatentAutoencoder(downsampling=3)}}, "must be a power of two"),
         (
-            {"of": {"autoencoder": LatentAutoencoder(downsampling=2)}, "n_segments": 31},
-            r"30 positions, 6 x 5",
+            {"of": {"autoencoder": LatentAutoencoder(downsampling=2)}, "n_segments": 10},
+            r"9 positions, 3 x 3",
         ),
     ],
 )

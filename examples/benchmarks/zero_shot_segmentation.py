@@ -1,4 +1,4 @@
-"""Masks from a denoiser's attention against Otsu and k-means: DiNO-Diffusion's Table 2, small.
+"""Masks from a denoiser against Otsu and k-means: DiNO-Diffusion's Table 2, small.
 
     DIFFAUGKIT_DATA=folder python zero_shot_segmentation.py --sets glas nuclei --seeds 0 1 2
 
@@ -7,12 +7,13 @@ split, without their masks. Nuclei: tiles of the immunohistochemistry picture of
 truth being haematoxylin by colour deconvolution, above Otsu's threshold; the upper half of the
 picture is for choosing, the lower half for the result.
 
-Every method has one number to choose: the segments of k-means (of colours, of features, or of
-attention maps by ``n_segments``), or the share of pairs of anchors below the merging threshold. It
-is chosen by the masks of the training part and reported on the test part, as the paper does with
-threshold and timestep; "attention, auto" takes the library's defaults and looks at no mask. Mind
-the first line of each table: where masks cover half of the images, one segment of everything has a
-Dice of two thirds.
+Every method has one number to choose: the segments of k-means (of colours, of features, or by
+``n_segments``), the timestep, or the share of pairs of anchors below the merging threshold. It is
+chosen by the masks of the training part and reported on the test part, as the paper does with
+threshold and timestep; "auto" takes the library's defaults and looks at no mask. The features at
+timestep 50 are those of Baranchuk et al. (2022), whose timesteps are 50 to 250, at full resolution;
+``n_segments`` clusters features of the same network. Mind the first line of each table: where masks
+cover half of the images, one segment of everything has a Dice of two thirds.
 
 The curves vary one number at a time. Each result is written as it comes, fitted models are kept
 beside the result file, and a second run goes on where the first stopped::
@@ -43,14 +44,15 @@ METHODS = {
     "everything": "one segment, everything",
     "otsu": "Otsu's threshold",
     "pixels": "k-means, pixels",
-    "features": "k-means, features of the denoiser",
-    "smoothed": "k-means, features of the denoiser, guided filter",
+    "features": "k-means, features of the denoiser at timestep 50",
+    "smoothed": "k-means, features of the denoiser at timestep 50, guided filter",
     "auto": "attention, auto",
     "attention": "attention, threshold chosen",
     "refined": "attention, then k-means",
-    "clusters": "k-means, attention maps",
-    "halves": "k-means, attention maps, two, timestep chosen",
-    "guided": "k-means, attention maps, two, timestep chosen, guided filter",
+    "two": "two segments, auto",
+    "number": "segments, number chosen",
+    "regions": "two segments, timestep chosen",
+    "edges": "two segments, timestep chosen, guided filter",
 }
 SCORES = {
     "dice": "Dice of the best segment",
@@ -262,13 +264,14 @@ def run(args, results):
             for quantile in QUANTILES:
                 attention(f"attention|{quantile}", model, quantile=quantile)
                 attention(f"refined|{quantile}", model, quantile=quantile, refine=True)
+            attention("two|0", model, n_segments=2)
             for k in SEGMENTS:
-                attention(f"clusters|{k}", model, n_segments=k)
+                attention(f"number|{k}", model, n_segments=k)
             for timestep in TIMESTEPS:
                 attention(f"timestep|{timestep}", model, timestep=timestep)
-                halves = {"timestep": timestep, "n_segments": 2}
-                attention(f"halves|{timestep}", model, **halves)
-                attention(f"guided|{timestep}", model, **halves, guided_radius="auto")
+                two = {"timestep": timestep, "n_segments": 2}
+                attention(f"regions|{timestep}", model, **two)
+                attention(f"edges|{timestep}", model, **two, guided_radius="auto")
 
 
 def chosen(records, name, seed, method):
@@ -299,8 +302,8 @@ def tables(results):
         print(f"\n### {shown}: mean over test images, {len(seeds)} seeds\n")
         print(markdown(["method", *SCORES.values(), "segments"], rows))
         curves = {
-            "halves": ("timestep, two segments", TIMESTEPS),
-            "guided": ("timestep, two segments, guided filter", TIMESTEPS),
+            "regions": ("timestep, two segments", TIMESTEPS),
+            "edges": ("timestep, two segments, guided filter", TIMESTEPS),
             "timestep": ("timestep, quantile 0.2", TIMESTEPS),
             "attention": ("quantile, timestep 300", QUANTILES),
         }
