@@ -47,6 +47,7 @@ METHODS = {
     "features": "k-means, features of the denoiser at timestep 50",
     "smoothed": "k-means, features of the denoiser at timestep 50, guided filter",
     "auto": "attention, auto",
+    "sharp": "attention, auto, guided filter",
     "attention": "attention, threshold chosen",
     "refined": "attention, then k-means",
     "two": "two segments, auto",
@@ -261,6 +262,7 @@ def run(args, results):
                     lambda X, k=k, model=model: clustered(denoiser_features(model, X, 50), k, X),
                 )
             attention("auto|0", model)
+            attention("sharp|0", model, guided_radius="auto")
             for quantile in QUANTILES:
                 attention(f"attention|{quantile}", model, quantile=quantile)
                 attention(f"refined|{quantile}", model, quantile=quantile, refine=True)
