@@ -162,7 +162,7 @@ class ZeroShotSegmenter(TorchEstimator):
 
     With `n_segments` the features of all blocks of the way up are put side by side, each block in
     units of its spread over the image. Clusters of the maps of attention, of the same networks at
-    timestep 300, were behind by 2 to 4 points of Dice on glands (four networks) and by 5 on textures
+    timestep 300, were behind by 2 to 4 points of Dice on glands (four networks), by 5 on textures
     (one), and ahead by 5 on nuclei (two), which colour alone finds better than either. On glands,
     both together were not better than features alone.
 
