@@ -89,9 +89,12 @@ class ZeroShotSegmenter(TorchEstimator):
         0.05. "auto" reads it from the training images, see `quantile`.
     n_segments : int or None, default=None
         Segments of each image, where their number is known, as 2 for one kind of object and the
-        rest: k-means of the denoiser's features
-        (:meth:`~diffaugkit.EmbeddingConditionedDiffusion.feature_maps`) takes the place of the
-        attention, the merging and its threshold. None lets the merging find how many there are.
+        rest: k-means of what `cluster_on` says takes the place of the merging and its threshold.
+        None lets the merging find how many there are.
+    cluster_on : {"features", "attention"}, default="features"
+        What `n_segments` clusters: the denoiser's features
+        (:meth:`~diffaugkit.EmbeddingConditionedDiffusion.feature_maps`), or the logarithms of its
+        attention maps. Try both where you have a few masks; see Notes.
     n_anchors : int, default=16
         Rows and columns of the grid of anchors, at most those of the attention.
     n_iterations : int, default=3
@@ -113,8 +116,8 @@ class ZeroShotSegmenter(TorchEstimator):
         lie inside one of k equal regions, as means of maps are closer than maps; see Notes.
     resolution : "auto", "finest" or tuple of (int, int), default="auto"
         Rows and columns of the grid on which regions are found, one of the resolutions of the
-        attention, with `n_segments` of the U-Net; finer maps are averaged down to it. "auto" is the
-        finest of the attention, with `n_segments` half of the network's own: means of 2 x 2
+        attention, for features of the U-Net; finer maps are averaged down to it. "auto" is the
+        finest of the attention, for features half of the network's own: means of 2 x 2
         positions, which tell textures apart. A coarser attention takes less memory, n**2 values for
         n positions.
     conditional : bool, default=False
@@ -199,6 +202,7 @@ class ZeroShotSegmenter(TorchEstimator):
         "timestep": [Interval(Integral, 0, None, closed="left"), StrOptions({"auto"})],
         "merge_threshold": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
         "n_segments": [Interval(Integral, 1, None, closed="left"), None],
+        "cluster_on": [StrOptions({"features", "attention"})],
         "n_anchors": [Interval(Integral, 1, None, closed="left")],
         "n_iterations": [Interval(Integral, 1, None, closed="left")],
         "refine": ["boolean"],
@@ -221,6 +225,7 @@ class ZeroShotSegmenter(TorchEstimator):
         merge_threshold="auto",
         *,
         n_segments=None,
+        cluster_on="features",
         n_anchors=16,
         n_iterations=3,
         refine=False,
@@ -244,6 +249,7 @@ class ZeroShotSegmenter(TorchEstimator):
         self.timestep = timestep
         self.merge_threshold = merge_threshold
         self.n_segments = n_segments
+        self.cluster_on = cluster_on
         self.n_anchors = n_anchors
         self.n_iterations = n_iterations
         self.refine = refine
@@ -300,7 +306,7 @@ class ZeroShotSegmenter(TorchEstimator):
             self.merge_threshold_ = self._find_threshold(rows)
             return self
         # So that what the network has not is refused here.
-        (self._attention if self.n_segments is None else self._features)(rows, 0)
+        (self._features if self._on_features() else self._attention)(rows, 0)
         self.merge_threshold_ = None if self.n_segments else float(self.merge_threshold)
         return self
 
@@ -326,19 +332,19 @@ class ZeroShotSegmenter(TorchEstimator):
         rows = self._check_input(X, reset=False)
         masks = np.empty((len(rows), *self.image_shape_[:2]), np.int32)
         for i in range(len(rows)):
-            if self.n_segments is None:
+            if self._on_features():
+                features, shape, cell = self._features(rows, i)
+                segments = _cluster(features, self.n_segments)
+            else:
                 attention, shape, cell = self._attention(rows, i)
-                segments = merge_attention(
+                segments = self.n_segments or merge_attention(
                     attention,
                     self.merge_threshold_,
                     anchor_positions(shape, self.n_anchors),
                     n_iterations=self.n_iterations,
                 )
-                if self.refine:
+                if self.refine or self.n_segments is not None:
                     segments = cluster_attention(attention, segments)
-            else:
-                features, shape, cell = self._features(rows, i)
-                segments = _cluster(features, self.n_segments)
             sharpen = None
             if self.guided_radius is not None:
                 radius = cell if self.guided_radius == "auto" else self.guided_radius
@@ -487,18 +493,24 @@ class ZeroShotSegmenter(TorchEstimator):
             module = diffusion._make_module(shape, 0)
         if not isinstance(module, UNetDenoiser):
             raise self._no_unet(diffusion)
-        if self.n_segments is not None:
+        if self._on_features():
             self._choose_grid(shape[1:], module.multiple)
             return
         with torch.no_grad(), record_attention(module) as found:
             module(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))
         self._choose_resolution(_mean_maps(found.self_attention, module.multiple, shape[1:]))
 
+    def _on_features(self):
+        return self.n_segments is not None and self.cluster_on == "features"
+
     def _choose_resolution(self, sizes):
         """Pick the resolution on which maps are merged, out of those that there are."""
         if isinstance(self.resolution, str):
-            return max(sizes, key=lambda size: size[0] * size[1])
-        return self._check_resolution(sizes, "attention")
+            shape = max(sizes, key=lambda size: size[0] * size[1])
+        else:
+            shape = self._check_resolution(sizes, "attention")
+        self._check_n_segments(shape, "attention maps")
+        return shape
 
     def _choose_grid(self, inner, multiple):
         """Pick rows and columns of the grid on which features are clustered, and its stride."""
@@ -510,12 +522,15 @@ class ZeroShotSegmenter(TorchEstimator):
         else:
             shape = self._check_resolution(sizes, "U-Net")
             stride = sizes[shape]
-        if self.n_segments > shape[0] * shape[1]:
+        self._check_n_segments(shape, "features")
+        return shape, stride
+
+    def _check_n_segments(self, shape, of):
+        if (self.n_segments or 0) > shape[0] * shape[1]:
             raise ValueError(
-                f"n_segments={self.n_segments}, but the features of these images have "
+                f"n_segments={self.n_segments}, but the {of} of these images have "
                 f"{shape[0] * shape[1]} positions, {shape[0]} x {shape[1]}."
             )
-        return shape, stride
 
     def _check_resolution(self, sizes, of):
         if tuple(self.resolution) not in sizes:
@@ -771,15 +786,15 @@ def merge_attention(attention, threshold, anchors, n_iterations=3):
     return proposals
 
 
-def cluster_attention(attention, proposals):
+def cluster_attention(attention, start):
     """Cluster all maps by k-means of their logarithms.
 
     Parameters
     ----------
     attention : Tensor of shape (n, n)
         One distribution per position. Values below a hundredth of the uniform 1 / n count as such.
-    proposals : Tensor of shape (k, n)
-        The distributions to start from.
+    start : int or Tensor of shape (k, n)
+        Number of clusters, or the distributions to start from.
 
     Returns
     -------
@@ -797,7 +812,8 @@ def cluster_attention(attention, proposals):
     def logarithm(maps):
         return maps.clamp(min=0.01 / maps.shape[1]).log()
 
-    return _cluster(logarithm(attention), logarithm(proposals))
+    start = start if isinstance(start, Integral) else logarithm(start)
+    return _cluster(logarithm(attention), start)
 
 
 def _cluster(points, start):

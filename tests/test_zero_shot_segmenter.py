@@ -193,7 +193,9 @@ class Attending:
         return maps
 
 
-@pytest.mark.parametrize("how", [{}, {"refine": True}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"refine": True}, {"n_segments": 3, "cluster_on": "attention"}], ids=str
+)
 def test_blocks_come_out_exactly(X, monkeypatch, how):
     regions = np.zeros((12, 10), int)
     regions[2:8, 2:6] = 1
@@ -213,7 +215,7 @@ def test_blocks_come_out_exactly(X, monkeypatch, how):
     # One anchor sees its own region only: a segment of everything.
     assert (tiny(FrozenEstimator(model), n_anchors=1).fit(X).predict(X[:1]) == 0).all()
     # A high threshold merges all, a low one leaves each its own; the numbers go by size.
-    high = clone(segmenter).set_params(merge_threshold=100.0).fit(X)
+    high = clone(segmenter).set_params(merge_threshold=100.0, n_segments=None).fit(X)
     assert (high.predict(X[:1]) == 0).all()
     sizes = np.bincount(masks[0].ravel())
     assert (np.diff(sizes) <= 0).all()
@@ -315,6 +317,8 @@ def test_as_many_segments_as_asked(X, diffusion):
     assert model.predict(flat).shape == (1, 12, 10)
     with pytest.raises(ValueError, match=r"n_segments=31, but .* 30 positions, 6 x 5"):
         tiny(diffusion, n_segments=31).fit(X)
+    with pytest.raises(ValueError, match=r"n_segments=121, but .* 120 positions, 12 x 10"):
+        tiny(diffusion, n_segments=121, cluster_on="attention").fit(X)
     assert tiny(diffusion, n_segments=31, resolution="finest").fit(X).predict(X[:1]).max() == 30
     with pytest.raises(ValueError, match=r"resolution=\(3, 3\) is none of the U-Net's: .*12, 10"):
         tiny(diffusion, n_segments=2, resolution=(3, 3)).fit(X)

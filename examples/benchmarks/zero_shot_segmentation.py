@@ -50,6 +50,8 @@ METHODS = {
     "sharp": "attention, auto, guided filter",
     "attention": "attention, threshold chosen",
     "refined": "attention, then k-means",
+    "maps": "two segments, attention maps",
+    "clear": "two segments, attention maps, guided filter",
     "two": "two segments, auto",
     "number": "segments, number chosen",
     "regions": "two segments, timestep chosen",
@@ -267,6 +269,9 @@ def run(args, results):
                 attention(f"attention|{quantile}", model, quantile=quantile)
                 attention(f"refined|{quantile}", model, quantile=quantile, refine=True)
             attention("two|0", model, n_segments=2)
+            by_maps = {"n_segments": 2, "cluster_on": "attention"}
+            attention("maps|0", model, **by_maps)
+            attention("clear|0", model, **by_maps, guided_radius="auto")
             for k in SEGMENTS:
                 attention(f"number|{k}", model, n_segments=k)
             for timestep in TIMESTEPS:
