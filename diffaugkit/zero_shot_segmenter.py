@@ -69,8 +69,8 @@ class ZeroShotSegmenter(TorchEstimator):
     Each image goes through the denoiser once, without noise. Its attention maps are brought to one
     grid; those of a grid of anchors are merged while their divergence is below a threshold; each
     pixel then goes to the merged map that is largest there. Where the number of segments is known,
-    the features of the denoiser are clustered into as many instead. The segments have numbers, not
-    names.
+    the features of the denoiser, or its maps, are clustered into as many instead. The segments have
+    numbers, not names.
 
     Parameters
     ----------
