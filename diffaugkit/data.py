@@ -191,7 +191,7 @@ def check_X(
 def _check_counts(estimator, rows, reset, refuse):
     # Where the values of fit were whole numbers but no counts, as some were negative or none was
     # large, single rows of the same table may look like counts.
-    if not reset and getattr(estimator, "_whole_numbers", False):
+    if not reset and (not refuse or getattr(estimator, "_whole_numbers", False)):
         return
     found = sample_range(rows)
     if refuse and _are_counts(rows, *found):

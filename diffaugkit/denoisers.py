@@ -633,8 +633,7 @@ def record_attention(denoiser):
     >>> [(size, found[0].shape) for size, found in maps.self_attention.items()]
     [((4, 4), torch.Size([2, 2, 16, 16]))]
     """
-    if not isinstance(denoiser, UNetDenoiser):
-        raise TypeError(f"{type(denoiser).__name__} has no attention to record: use UNetDenoiser.")
+    _need_unet(denoiser, "attention")
     from diffusers.models.attention_processor import Attention
 
     maps, size = AttentionMaps(), {}
@@ -667,10 +666,10 @@ def record_attention(denoiser):
                 found.setdefault(place, []).append(scores.softmax(dim=3))
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(denoiser.unet.register_forward_pre_hook(note_size))
+        stack.enter_context(denoiser.unet.register_forward_pre_hook(_of_this_thread(note_size)))
         for part in denoiser.unet.modules():
             if isinstance(part, Attention):
-                hook = part.register_forward_pre_hook(record, with_kwargs=True)
+                hook = part.register_forward_pre_hook(_of_this_thread(record), with_kwargs=True)
                 stack.enter_context(hook)
         yield maps
 
@@ -703,24 +702,35 @@ def record_features(denoiser):
     >>> [tuple(block.shape) for block in features]
     [(2, 16, 8, 8), (2, 8, 8, 8)]
     """
-    if not isinstance(denoiser, UNetDenoiser):
-        raise TypeError(f"{type(denoiser).__name__} has no way up to record: use UNetDenoiser.")
+    _need_unet(denoiser, "way up")
     with _outputs_of(denoiser.unet.up_blocks) as found:
         yield found
 
 
 @contextlib.contextmanager
 def _outputs_of(parts):
-    found, own = [], threading.get_ident()
-
-    def note(_, args, out):  # other threads may run the same network meanwhile
-        if threading.get_ident() == own:
-            found.append(out)
-
+    found = []
+    note = _of_this_thread(lambda _, args, out: found.append(out))
     with contextlib.ExitStack() as stack:
         for part in parts:
             stack.enter_context(part.register_forward_hook(note))
         yield found
+
+
+def _of_this_thread(hook):
+    """Keep a hook that records to the thread that set it: others may run the network meanwhile."""
+    own = threading.get_ident()
+
+    def guarded(*args):
+        if threading.get_ident() == own:
+            hook(*args)
+
+    return guarded
+
+
+def _need_unet(denoiser, what):
+    if not isinstance(denoiser, UNetDenoiser):
+        raise TypeError(f"{type(denoiser).__name__} has no {what} to record: use UNetDenoiser.")
 
 
 DENOISERS = {"mlp": MLPDenoiser, "diffaug": DiffAugDenoiser}

@@ -568,8 +568,13 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         """
         blocks = []
         for module, shape, found in self._look(X, t, conditional, record_features):
-            padded = [-(-side // module.multiple) * module.multiple for side in shape]
-            blocks.append([_without_padding(block, shape, padded) for block in found])
+            kept = (_without_padding(block.shape[2:], module.multiple, shape) for block in found)
+            blocks.append(
+                [
+                    block[:, :, :rows, :columns].float().cpu().numpy()
+                    for block, (rows, columns) in zip(found, kept, strict=True)
+                ]
+            )
         return [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
 
     def _look(self, X, t, conditional, record):
@@ -1083,21 +1088,20 @@ def _channels_last(module):
         module.to(memory_format=torch.channels_last)
 
 
-def _without_padding(block, shape, padded):
-    rows, columns = (
-        math.ceil(side * held / whole)
-        for side, held, whole in zip(shape, block.shape[2:], padded, strict=True)
+def _without_padding(size, multiple, shape):
+    """Rows and columns of a map of this size that are not padding, of a network's input `shape`."""
+    return tuple(
+        math.ceil(side * held / (-(-side // multiple) * multiple))
+        for side, held in zip(shape, size, strict=True)
     )
-    return block[:, :, :rows, :columns].float().cpu().numpy()
 
 
 def _mean_maps(found, multiple, shape):
     """Mean over layers and heads of each resolution, without the positions that are padding."""
-    height, width = (-(-side // multiple) * multiple for side in shape)
     out = {}
     for (rows, columns), layers in found.items():
         maps = torch.stack([layer.mean(dim=1) for layer in layers]).mean(dim=0)
-        kept = math.ceil(shape[0] * rows / height), math.ceil(shape[1] * columns / width)
+        kept = _without_padding((rows, columns), multiple, shape)
         maps = maps.view(len(maps), rows, columns, rows, columns)
         maps = maps[:, : kept[0], : kept[1], : kept[0], : kept[1]]
         maps = maps.flatten(3, 4).flatten(1, 2)

@@ -58,8 +58,6 @@ _THRESHOLD_IMAGES = 64
 _CHUNK = 1024
 # Segments that are enlarged to the pixels of an image at once.
 _ENLARGED = 16
-# Variance within a window, of pixels in [0, 1], above which the guided filter sees an edge.
-_EDGE_VARIANCE = 1e-3
 _SMALLEST = 1e-12
 
 
@@ -306,7 +304,7 @@ class ZeroShotSegmenter(TorchEstimator):
             self.merge_threshold_ = self._find_threshold(rows)
             return self
         # So that what the network has not is refused here.
-        (self._features if self._on_features() else self._attention)(rows, 0)
+        (self._features if self._on_features() else self._attention)(_alone(rows, 0))
         self.merge_threshold_ = None if self.n_segments else float(self.merge_threshold)
         return self
 
@@ -332,11 +330,12 @@ class ZeroShotSegmenter(TorchEstimator):
         rows = self._check_input(X, reset=False)
         masks = np.empty((len(rows), *self.image_shape_[:2]), np.int32)
         for i in range(len(rows)):
+            image = _alone(rows, i)
             if self._on_features():
-                features, shape, cell = self._features(rows, i)
+                features, shape, cell = self._features(image)
                 segments = _cluster(features, self.n_segments)
             else:
-                attention, shape, cell = self._attention(rows, i)
+                attention, shape, cell = self._attention(image)
                 segments = self.n_segments or merge_attention(
                     attention,
                     self.merge_threshold_,
@@ -348,8 +347,8 @@ class ZeroShotSegmenter(TorchEstimator):
             sharpen = None
             if self.guided_radius is not None:
                 radius = cell if self.guided_radius == "auto" else self.guided_radius
-                image = to_unit(torch.as_tensor(rows[[i]]), rows.pixel_range)[0]
-                sharpen = guided_filter(image.to(segments.device), radius, 4 * _EDGE_VARIANCE)
+                guide = to_unit(image[[0]], image.pixel_range)[0]
+                sharpen = guided_filter(guide.to(segments.device), radius)
             found = _largest(segments.view(-1, 1, *shape), cell, masks.shape[1:], sharpen)
             masks[i] = _by_size(found.cpu().numpy())
         return masks
@@ -441,7 +440,7 @@ class ZeroShotSegmenter(TorchEstimator):
     def _find_threshold(self, rows):
         distances = []
         for i in np.unique(np.linspace(0, len(rows) - 1, _THRESHOLD_IMAGES).astype(int)):
-            attention, shape, _ = self._attention(rows, i)
+            attention, shape, _ = self._attention(_alone(rows, i))
             anchors = attention[anchor_positions(shape, self.n_anchors)]
             own = symmetric_divergence(anchors, anchors)
             upper = torch.triu_indices(*own.shape, offset=1, device=own.device)
@@ -540,32 +539,27 @@ class ZeroShotSegmenter(TorchEstimator):
             )
         return tuple(self.resolution)
 
-    def _attention(self, rows, i):
+    def _attention(self, image):
         """Return maps of one image (n, n), rows and columns of their grid, and pixels of a cell."""
-        maps, inner, multiple = self._look(rows, i, "attention_maps")
+        maps, inner, multiple = self._look(image, "attention_maps")
         strides = {size: _stride(size, inner, multiple) for size in maps}
         shape = self._choose_resolution(maps)
         maps = {size: self._to_device(found[0]) for size, found in maps.items()}
-        return (
-            aggregate_attention(maps, strides, shape),
-            shape,
-            strides[shape] * self._pixels_of(inner),
-        )
+        cell = strides[shape] * self._pixels_of(inner)
+        return aggregate_attention(maps, strides, shape), shape, cell
 
-    def _features(self, rows, i):
+    def _features(self, image):
         """Return features of one image (n, d), rows and columns of their grid, pixels of a cell."""
-        blocks, inner, multiple = self._look(rows, i, "feature_maps")
+        blocks, inner, multiple = self._look(image, "feature_maps")
         shape, stride = self._choose_grid(inner, multiple)
         factors = [_stride(block.shape[2:], inner, multiple) / stride for block in blocks]
         blocks = [self._to_device(block[0]) for block in blocks]
-        return aggregate_features(blocks, factors, shape), shape, stride * self._pixels_of(inner)
+        cell = stride * self._pixels_of(inner)
+        return aggregate_features(blocks, factors, shape), shape, cell
 
-    def _look(self, rows, i, what):
+    def _look(self, image, what):
         """Return what the network shows of one image, the size of its input, and its multiple."""
         model = self._model()
-        # Alone, so that nothing in its batch can round it differently, and as all heads of all
-        # layers of one image are many.
-        image = ImageRows.like(rows, rows[[int(i)]])
         found = getattr(model, what)(image, t=self.timestep_, conditional=self.conditional)
         return found, model._space_of().shape[1:], model.module_.multiple
 
@@ -580,6 +574,11 @@ class ZeroShotSegmenter(TorchEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = False
         return tags
+
+
+def _alone(rows, i):
+    """Rows of one image: nothing in a batch rounds it differently, and its maps are many."""
+    return ImageRows.like(rows, rows[[int(i)]])
 
 
 def aggregate_attention(maps, strides, shape):
@@ -805,8 +804,8 @@ def cluster_attention(attention, start):
     --------
     >>> import torch
     >>> attention = torch.tensor([[0.5, 0.5, 0, 0]] * 2 + [[0, 0, 0.5, 0.5]] * 2)
-    >>> cluster_attention(attention, attention[[0, 2]]).argmax(dim=0).tolist()
-    [0, 0, 1, 1]
+    >>> cluster_attention(attention, 2).argmax(dim=0).unique(return_counts=True)[1].tolist()
+    [2, 2]
     """
 
     def logarithm(maps):
@@ -831,7 +830,7 @@ def _cluster(points, start):
     return -torch.from_numpy(distances.T.astype(np.float32)).to(points.device).square()
 
 
-def guided_filter(guide, radius, eps):
+def guided_filter(guide, radius, eps=4e-3):
     """Make a filter that gives maps the edges of an image.
 
     In each window the map is explained as a linear function of the image's colours; each pixel gets
@@ -844,8 +843,9 @@ def guided_filter(guide, radius, eps):
         The image.
     radius : int
         Windows have a side of ``2 * radius + 1`` pixels, less at the border of the image.
-    eps : float
-        Ridge on the slopes: windows whose colours vary by much less are averaged.
+    eps : float, default=4e-3
+        Ridge on the slopes: windows whose colours have a variance far below it are averaged. The
+        default is for pixels in [-1, 1].
 
     Returns
     -------

@@ -18,6 +18,7 @@ from diffaugkit.denoisers import (
     check_denoiser,
     check_signature,
     record_attention,
+    record_features,
     unet_size,
 )
 from diffaugkit.runtime import isolated_rng
@@ -334,3 +335,23 @@ def test_features_are_not_those_of_another_thread():
         denoiser.unet.mid_block.register_forward_pre_hook(meanwhile)
         torch.testing.assert_close(denoiser.features(x, t), expected)
     assert others
+
+
+@pytest.mark.parametrize("record", [record_attention, record_features])
+def test_what_is_recorded_is_not_of_another_thread(record):
+    with isolated_rng(0):
+        denoiser = UNetDenoiser(1, block_out_channels=(8, 16)).eval()
+        x, t = torch.randn(2, 1, 8, 8), torch.full((2,), 50)
+
+    def values(found):
+        layers = found if isinstance(found, list) else found.self_attention.values()
+        return [value for layer in layers for value in layer]
+
+    with torch.no_grad(), record(denoiser) as expected:
+        denoiser(x, t)
+    with torch.no_grad(), record(denoiser) as found:
+        other = threading.Thread(target=denoiser, args=(-x[:, :, :4], t))
+        other.start()
+        other.join()
+        denoiser(x, t)
+    torch.testing.assert_close(values(found), values(expected))

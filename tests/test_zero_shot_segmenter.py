@@ -176,6 +176,13 @@ def test_anchors_form_an_even_grid():
 # ---- attention of a known structure --------------------------------------------------------------
 
 
+def three_regions():
+    regions = np.zeros((12, 10), int)
+    regions[2:8, 2:6] = 1
+    regions[8:, 6:] = 2
+    return regions
+
+
 class Attending:
     """Stands in for the U-Net's attention: positions of a region look at that region alone."""
 
@@ -197,9 +204,7 @@ class Attending:
     "how", [{}, {"refine": True}, {"n_segments": 3, "cluster_on": "attention"}], ids=str
 )
 def test_blocks_come_out_exactly(X, monkeypatch, how):
-    regions = np.zeros((12, 10), int)
-    regions[2:8, 2:6] = 1
-    regions[8:, 6:] = 2
+    regions = three_regions()
     model = tiny_diffusion().fit(X)
     attending = Attending(regions)
     monkeypatch.setattr(model, "attention_maps", attending, raising=False)
@@ -227,7 +232,7 @@ def test_clusters_are_those_of_k_means_of_logarithms():
     logits = 3 * rng.normal(size=(3, 60))[kind] + 0.3 * rng.normal(size=(60, 60))
     maps = torch.softmax(torch.from_numpy(logits), dim=1).float()
     floor = maps.double().numpy().clip(min=0.01 / 60)
-    found = cluster_attention(maps, maps[[int(np.argmax(kind == k)) for k in range(3)]])
+    found = cluster_attention(maps, 3)
     members = found.argmax(dim=0).numpy()
     assert adjusted_rand_score(kind, members) == 1.0
     means = np.stack([np.log(floor)[members == k].mean(axis=0) for k in range(3)])
@@ -290,9 +295,7 @@ class Featured:
 
 @pytest.mark.parametrize("resolution", ["auto", "finest", (6, 5), (12, 10)])
 def test_regions_of_features_come_out_exactly(X, monkeypatch, resolution):
-    regions = np.zeros((12, 10), int)
-    regions[2:8, 2:6] = 1
-    regions[8:, 6:] = 2
+    regions = three_regions()
     model = tiny_diffusion().fit(X)
     featured = Featured(regions)
     monkeypatch.setattr(model, "feature_maps", featured, raising=False)
@@ -396,12 +399,24 @@ def test_borders_lie_at_the_edges_of_the_image(monkeypatch, how, scale):
     [
         ({"resolution": (3, 3)}, r"resolution=\(3, 3\) is none of the attention's: .*12, 10"),
         ({"n_segments": 31}, r"n_segments=31, but .* 30 positions, 6 x 5"),
+        (
+            {"n_segments": 121, "cluster_on": "attention"},
+            r"n_segments=121, but .* 120 positions, 12 x 10",
+        ),
         ({"n_segments": 2, "resolution": (5, 5)}, r"resolution=\(5, 5\) is none of the U-Net's"),
         ({"conditional": True}, "conditional=True, but the diffusion has encoder=None"),
         ({"of": {"autoencoder": LatentAutoencoder(downsampling=3)}}, "must be a power of two"),
         (
             {"of": {"autoencoder": LatentAutoencoder(downsampling=2)}, "n_segments": 10},
             r"9 positions, 3 x 3",
+        ),
+        (
+            {
+                "of": {"autoencoder": LatentAutoencoder(downsampling=2)},
+                "n_segments": 31,
+                "cluster_on": "attention",
+            },
+            r"30 positions, 6 x 5",
         ),
     ],
 )

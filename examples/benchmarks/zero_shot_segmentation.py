@@ -165,44 +165,29 @@ def clustered(features, n_segments, X=None):
     return np.stack(masks)
 
 
-def guided(image, maps, radius=4, eps=4e-3):
+def guided(image, maps):
     import torch
 
     from diffaugkit.zero_shot_segmenter import guided_filter
 
     guide = torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1)
-    return guided_filter(guide, radius, eps)(torch.from_numpy(maps)).numpy()
+    return guided_filter(guide, radius=4)(torch.from_numpy(maps)).numpy()
 
 
 def denoiser_features(model, X, timestep):
     """What the way up of the U-Net knows of each pixel, every level in units of its spread."""
     import torch
-    from torch.nn import functional as F
 
-    from diffaugkit.image_rows import ImageRows
+    from diffaugkit.zero_shot_segmenter import aggregate_features
 
-    module, space = model.module_.eval(), model._space_of()
-    out = []
-    for image in X:
-        batch = ImageRows(image[None], pixel_range=model._pixel_range)
-        found = []
-        hooks = [
-            block.register_forward_hook(lambda _, args, result, found=found: found.append(result))
-            for block in module.unet.up_blocks
+    size, blocks = X.shape[1:3], model.feature_maps(X, t=timestep)
+    factors = [round(size[0] / block.shape[2]) for block in blocks]
+    return np.stack(
+        [
+            aggregate_features(levels, factors, size).unflatten(0, size).numpy()
+            for levels in zip(*map(torch.from_numpy, blocks), strict=True)
         ]
-        with torch.no_grad():
-            module(space.inside(space.encode(batch)[[0]]), torch.tensor([timestep]))
-        for hook in hooks:
-            hook.remove()
-        maps = []
-        for level in found:
-            level = level - level.mean(dim=(2, 3), keepdim=True)
-            level = level / level.square().mean().sqrt() / level.shape[1] ** 0.5
-            size = [side + -side % module.multiple for side in image.shape[:2]]
-            large = F.interpolate(level, size, mode="bilinear", align_corners=False)
-            maps.append(large[0, :, : image.shape[0], : image.shape[1]])
-        out.append(torch.cat(maps).permute(1, 2, 0).numpy())
-    return np.stack(out)
+    )
 
 
 def judge(masks, predicted):
