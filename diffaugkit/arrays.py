@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 
-# Numbers of channels by which an axis is known to be that of the channels.
-_CHANNELS = (1, 3, 4)
-
 
 def to_numpy(X):
     """Return tensors, on any device and of any precision, as arrays; leave all else as it is."""
@@ -48,11 +45,15 @@ def check_groups(groups, n):
             f"groups and X have inconsistent lengths: {len(groups)} and {n}. Give one group for "
             "each row."
         )
-    # NumPy makes strings of the numbers in a list that holds both: 1 and "1" would be one group.
-    names = given if isinstance(given, list | tuple) else groups if groups.dtype == object else ()
-    if len({isinstance(group, str) for group in names}) > 1:
-        raise TypeError("groups must be all strings or all numbers, but they are both.")
+    refuse_mixed(given if isinstance(given, list | tuple) else groups, "groups")
     return groups
+
+
+def refuse_mixed(names, what):
+    """Refuse names that are strings and numbers: NumPy would make 1 and "1" the same string."""
+    is_plain = isinstance(names, list | tuple) or getattr(names, "dtype", None) == np.dtype("O")
+    if is_plain and len({isinstance(name, str) for name in names}) > 1:
+        raise TypeError(f"{what} must be all strings or all numbers, but they are both.")
 
 
 @contextmanager
@@ -73,8 +74,8 @@ def some(names):
 def channel_last(images: Any, image_shape: Sequence[int] | None = None) -> np.ndarray:
     """Return images of any layout as an array (n, h, w, c), values as they are.
 
-    Arrays are channel-last unless only their second axis has 1, 3 or 4 entries, tensors
-    channel-first unless only their last has; (n, h, w) is greyscale, and (n, h * w * c) needs
+    Arrays are channel-last unless only their second axis may be that of channels, tensors
+    channel-first unless only their last may; (n, h, w) is greyscale, and (n, h * w * c) needs
     `image_shape`. Lists of arrays, tensors or PIL images are stacked.
     """
     first = hasattr(images, "detach")
@@ -97,13 +98,19 @@ def channel_last(images: Any, image_shape: Sequence[int] | None = None) -> np.nd
             f"images must be of shape (n, h, w, c), (n, c, h, w) or (n, h, w), got "
             f"{images.shape}; give image_shape for flattened images."
         )
-    early, late = images.shape[1] in _CHANNELS, images.shape[3] in _CHANNELS
+    early = may_be_channels(images.shape[1], images.shape[2:])
+    late = may_be_channels(images.shape[3], images.shape[1:3])
     if not early and not late:
         raise ValueError(
-            f"images must have 1, 3 or 4 channels, got shape {images.shape}; pick those to show, "
-            "such as X[..., :3]."
+            f"images must have 1 to 4 channels, or fewer than pixels on a side, got shape "
+            f"{images.shape}."
         )
     return np.moveaxis(images, 1, -1) if early and (first or not late) else images
+
+
+def may_be_channels(n_channels, sides):
+    """Tell channels from a side: up to four, or, of fluorescence say, fewer than both sides."""
+    return 1 <= n_channels <= 4 or 4 < n_channels < min(sides)
 
 
 def guess_range(images: np.ndarray) -> tuple[float, float]:

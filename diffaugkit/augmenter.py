@@ -174,7 +174,8 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
     Containers come back as they were given: arrays, tensors, lists of numbers, DataFrames with
     their columns, sparse matrices (generated rows have no zeros, and cost accordingly), AnnData
     with generated rows that repeat the ``obs`` of their source and are marked in
-    ``obs["generated"]``. Lists of pictures or paths, and folders, become arrays.
+    ``obs["generated"]``; of a generator with a `layer` it has that layer alone, and no ``.X``, of
+    which nothing was generated. Lists of pictures or paths, and folders, become arrays.
 
     Inside a pipeline `groups` reach ``fit_resample`` through metadata routing only: enable it,
     import imblearn before diffaugkit, and call ``set_fit_resample_request(groups=True)``.

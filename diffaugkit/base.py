@@ -59,7 +59,8 @@ def all_or_nothing(fit):
     @functools.wraps(fit)
     def run(self, *args, **kwargs):
         _check_outlets(self)
-        with unchanged_on_failure(self):
+        # Weights that are made in the caller's inference mode could never be trained.
+        with unchanged_on_failure(self), torch.inference_mode(False):
             return fit(self, *args, **kwargs)
 
     return run

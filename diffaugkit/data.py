@@ -26,6 +26,7 @@ __all__ = [
     "looks_like_counts",
     "sample_range",
     "unchanged_on_failure",
+    "warn_if_dim",
 ]
 
 # Files of tables, and what reads them.
@@ -41,6 +42,9 @@ _READERS = {
     ".zarr": "anndata.read_zarr",
 }
 
+# Images that fill a smaller part of their scale than this are warned of: with digits at a sixteenth
+# a generator had a Frechet distance of 44 in place of 1, at a quarter 3. So many are looked at.
+_LEAST_SPAN, _LOOKED_AT = 1 / 8, 64
 # What an estimator that takes images keeps of those that it was fitted on.
 _OF_IMAGES = ("image_shape_", "_pixel_range", "_layout")
 
@@ -87,6 +91,7 @@ def check_X(
     images=False,
     image_shape=None,
     min_image_size=1,
+    judge_scale=True,
 ):
     """Check vectors or images of any container and turn them into :class:`Rows`.
 
@@ -124,6 +129,8 @@ def check_X(
         reads 2-D input as vectors.
     min_image_size : int, default=1
         Least height and width that the estimator can use, such as the size of a patch.
+    judge_scale : bool, default=True
+        Whether ``fit`` warns of dim images, see :func:`warn_if_dim`.
 
     Returns
     -------
@@ -173,7 +180,10 @@ def check_X(
         else:
             rows = _image_rows(estimator, X, reset, image_shape)
             if rows is not None:
-                return _check_images(estimator, rows, reset, limits, min_image_size)
+                rows = _check_images(estimator, rows, reset, limits, min_image_size)
+                if reset and judge_scale and not isinstance(X, Rows):
+                    warn_if_dim(estimator, [rows], rows.pixel_range)
+                return rows
             _check_vectors_for_images(estimator, X, reset)
         if isinstance(X, Rows):
             _check_names_of_rows(estimator, X, reset)
@@ -258,6 +268,53 @@ def sample_range(rows):
         low, high = min(low, 0.0), max(high, 0.0)
     values = values[values != 0]
     return low, high, float(np.mean(values == np.rint(values))) if values.size else 1.0
+
+
+def warn_if_dim(estimator, parts, scale):
+    """Warn of images that fill next to nothing of their scale.
+
+    Cameras of 12 bits write words of 16: on the scale of the words all their images are black.
+
+    Parameters
+    ----------
+    estimator : estimator
+        Whose fit it is.
+    parts : sequence of Rows of shape (n, C, H, W)
+        The images. Of integers some are looked at; files of 8 bits, which fill them as a rule, are
+        not decoded for that.
+    scale : tuple of (low, high) or None
+        The pixel range to read them with.
+    """
+    if scale is None:
+        return
+    seen = [_values_of(part) for part in _evenly(parts)]
+    low, high = min(low for low, _ in seen), max(high for _, high in seen)
+    if not 0 < high - low < _LEAST_SPAN * (scale[1] - scale[0]):
+        return
+    largest = 2 ** int(high).bit_length() - 1 if isinstance(scale[1], int) else high
+    warnings.warn(
+        f"The pixels of X lie between {low:g} and {high:g}, a small part of their scale, which is "
+        f"{scale[0]:g} to {scale[1]:g}: for {type(estimator).__name__} such images are nearly one "
+        "colour, and generated ones become noise. Divide by the largest value that your camera "
+        f"gives, as X / {largest:g}, now and wherever the model is used.",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def _values_of(rows):
+    """Least and greatest value of images; of integers those of some rows, one after the other."""
+    if rows.value_range is not None:
+        return rows.value_range
+    if not rows.resident and rows.dtype == np.uint8:
+        return rows.pixel_range
+    blocks = [rows.block([row]) for row in _evenly(range(len(rows)))]
+    return float(min(block.min() for block in blocks)), float(max(block.max() for block in blocks))
+
+
+def _evenly(parts):
+    places = np.linspace(0, len(parts) - 1, _LOOKED_AT).astype(int)
+    return [parts[i] for i in np.unique(places)]
 
 
 def _set_names(estimator, rows_shape, names, reset):

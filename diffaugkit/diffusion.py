@@ -242,7 +242,7 @@ class Diffusion(nn.Module):
         with _evaluating(denoiser):
             for low, high in itertools.pairwise(edges):
                 t = torch.randint(low, high, (len(x0),), generator=generator).to(x0.device)
-                noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+                noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
                 out = self.loss(denoiser, x0, cond, drop_condition=0.0, t=t, noise=noise)
                 losses.append(out["loss"])
         return torch.stack(losses).cpu()

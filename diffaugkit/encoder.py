@@ -611,11 +611,17 @@ class SelfSupervisedEncoder(TorchTransformer):
         Returns
         -------
         float
-            In [0, 1].
+            In [0, 1]. Ten folds; as many as the largest class has samples if that is fewer, and
+            no more neighbours than a fold leaves: the splits of a search may be small.
         """
         from diffaugkit.metrics import knn_accuracy
+        from diffaugkit.metrics.checks import check_labels
 
-        return knn_accuracy(self.transform(X), y)
+        embedded = self.transform(X)
+        codes = check_labels(y, n=len(embedded))[1]
+        cv = max(2, min(10, int(np.bincount(codes).max())))
+        rest = len(embedded) - -(-len(embedded) // cv)
+        return knn_accuracy(embedded, y, n_neighbors=max(1, min(10, rest)), cv=cv)
 
     # ---- pieces that DiffAugEM's joint training shares -------------------------------------------
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffaugkit.image_rows import BYTES, WORDS, may_be_channels, scan_pixels
+from diffaugkit.arrays import may_be_channels
+from diffaugkit.image_rows import BYTES, WORDS, scan_pixels
 from diffaugkit.rows import Rows
 
 __all__ = ["DatasetRows", "FileImageRows", "ShardRows", "list_images"]

@@ -4,6 +4,7 @@ Each display is one mosaic on one axes, so that it can stand in a figure with ot
 """
 
 import os
+from numbers import Integral
 
 import numpy as np
 
@@ -18,7 +19,8 @@ class SampleGridDisplay:
     generated : images, n_rows * n_per_row of them
         Generated images, all of the first source, then of the second, as `augment` returns them:
         (n, h, w, c) or (n, h, w) arrays, (n, c, h, w) tensors, lists of PIL images or of paths, a
-        folder, or (n, h * w * c) with `image_shape`; uint8 or float.
+        folder, or (n, h * w * c) with `image_shape`; uint8 or float. Of two channels, or more than
+        four, the first three are drawn, as red, green and blue.
     source : images, n_rows of them, or None, default=None
         The real image of each row. None: the generated images alone fill the grid.
     labels : array-like of shape (n_rows,), default=None
@@ -150,6 +152,8 @@ class SampleGridDisplay:
         self : SampleGridDisplay
             With `ax_` and `figure_`.
         """
+        if not isinstance(n_columns, Integral) or n_columns < 1:
+            raise ValueError(f"n_columns must be an int >= 1, got {n_columns!r}.")
         generated = _read(self.generated, self.image_shape)
         reference = generated
         if self.source is not None:
@@ -541,12 +545,19 @@ def _range_beside(images, reference, known):
 
 
 def _rgb(images, value_range):
-    """Return (n, h, w, 3) in [0, 1]; grey is repeated, transparent pixels lie on white."""
+    """Return (n, h, w, 3) in [0, 1]; grey is repeated, transparent pixels lie on white.
+
+    Of two channels, or more than four, the first three are red, green and blue.
+    """
     low, high = value_range
     images = np.clip((images.astype(np.float64) - low) / (high - low or 1.0), 0.0, 1.0)
     if images.shape[-1] == 4:
         alpha = images[..., 3:]
         images = images[..., :3] * alpha + 1.0 - alpha
+    elif images.shape[-1] == 2:
+        images = np.concatenate([images, np.zeros_like(images[..., :1])], axis=-1)
+    elif images.shape[-1] > 4:
+        images = images[..., :3]
     return np.broadcast_to(images, (*images.shape[:3], 3))
 
 

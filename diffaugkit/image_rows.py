@@ -9,13 +9,12 @@ import copy
 
 import numpy as np
 
-from diffaugkit.arrays import standard_range
+from diffaugkit.arrays import may_be_channels, standard_range
 from diffaugkit.rows import ResidentRows, Rows
 
 __all__ = [
     "ImageRows",
     "from_unit",
-    "may_be_channels",
     "resolve_image_shape",
     "scan_pixels",
     "to_unit",
@@ -281,11 +280,6 @@ def scan_pixels(rows):
     if low > high:
         low = high = 0.0
     return standard_range(low, high), (low, high)
-
-
-def may_be_channels(n_channels, sides):
-    """Tell channels from a side: up to four, or, of fluorescence say, fewer than both sides."""
-    return 1 <= n_channels <= 4 or 4 < n_channels < min(sides)
 
 
 def _layout_of(array, is_tensor, image_shape):

@@ -71,7 +71,9 @@ SPARE_VALUES = 2**28
 _FORMAT = "diffaugkit-model"
 _MANIFEST = "manifest.json"
 # Folders that a fit makes in its `checkpoint_dir`.
-_CHECKPOINTS = {"training", "encoder", "diffusion", "pretraining", "finetuning", "vanilla"}
+_CHECKPOINT = re.compile(
+    r"training|encoder|diffusion|pretraining|finetuning|vanilla|\d+-(E|M|EM)-\w+", re.ASCII
+)
 _NAMES = {
     "document": re.compile(r"document\.[0-9a-f]{16}\.json"),
     "tensors": re.compile(r"tensors\.[0-9a-f]{16}\.safetensors"),
@@ -770,7 +772,8 @@ def check_target(folder):
         raw = _read_file(folder, _MANIFEST, MAX_MANIFEST_SIZE)
         _check_format(_loads(raw, folder / _MANIFEST), folder / _MANIFEST)
     elif others := sorted(name for name in names if not _LEFTOVER.fullmatch(name)):
-        kind = "the checkpoints of a fit" if _CHECKPOINTS.intersection(others) else "other files"
+        is_fit = any(_CHECKPOINT.fullmatch(name) for name in others)
+        kind = "the checkpoints of a fit" if is_fit else "other files"
         raise ModelFileError(f"{folder}: holds {kind} ({_some(others)}); save to a new folder")
     return set(names)
 

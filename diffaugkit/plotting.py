@@ -512,7 +512,9 @@ class SimilarityHistogramDisplay:
                 )
         self.figure_, self.ax_ = _axes(ax, figsize=(6.4, 3.6))
         low, high = (f([f(kind) for kind in values.values()]) for f in (np.min, np.max))
-        edges = np.linspace(low, high, bins + 1) if high - low > 1e-6 else bins
+        if high - low <= 1e-6:  # rounding alone leaves no room for bins
+            low, high = low - 5e-4, high + 5e-4
+        edges = np.linspace(low, high, bins + 1)
         for i, (name, kind) in enumerate(values.items()):
             color = PALETTE[i % len(PALETTE)]
             style = {"bins": edges, "density": density, "color": color}

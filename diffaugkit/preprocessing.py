@@ -646,7 +646,7 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 "numbers. If X is normalised already, leave this step out; if the counts are in a "
                 "layer of the AnnData, name it: layer='counts'.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=3 if reset else 5,  # two wrappers are around transform
             )
         return rows
 

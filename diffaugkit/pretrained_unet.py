@@ -20,7 +20,7 @@ from torch import nn
 from diffaugkit.arrays import check_groups
 from diffaugkit.base import HasMethods, Interval, StrOptions, TorchEstimator, described
 from diffaugkit.batches import make_batches
-from diffaugkit.data import check_X
+from diffaugkit.data import check_X, warn_if_dim
 from diffaugkit.denoisers import UNetDenoiser, unet_size
 from diffaugkit.diffusion import WEIGHTINGS, Diffusion
 from diffaugkit.embedding_diffusion import EmbeddingConditionedDiffusion
@@ -246,6 +246,7 @@ class PretrainedUNet(TorchEstimator):
         images = ImageList(parts, [part.pixel_range for part in parts])
         if reset:
             self._pixel_range = images.common_range()
+            warn_if_dim(self, parts, self._pixel_range)
             return ImageList(parts, [self._pixel_range] * len(parts))
         own = type(self).__name__
         return ImageList(parts, [reading_range(own, part, self._pixel_range) for part in parts])
@@ -262,7 +263,8 @@ class PretrainedUNet(TorchEstimator):
         return self._checked(learner, X, True)
 
     def _checked(self, learner, X, reset):
-        rows = check_X(learner, X, reset=reset, image_shape=self.image_shape, images=True)
+        options = {"image_shape": self.image_shape, "images": True, "judge_scale": False}
+        rows = check_X(learner, X, reset=reset, **options)
         check_is_image(self, rows)
         return rows
 

@@ -555,5 +555,6 @@ def _append_cells(X, made, kept, indices, generator):
     obs["generated"] = (np.arange(len(indices)) >= len(kept)) | earlier
     new = [f"generated-{i}-{X.obs_names[indices[i]]}" for i in range(len(kept), len(indices))]
     obs.index = [*X.obs_names[kept], *new]
-    layers = {} if layer is None else {layer: values}
-    return anndata.AnnData(values, obs=obs, var=X.var.copy(), layers=layers)
+    # What the generator was not asked for, it has not made: with a layer there is no .X.
+    parts = {"X": values} if layer is None else {"layers": {layer: values}}
+    return anndata.AnnData(**parts, obs=obs, var=X.var.copy())

@@ -133,7 +133,8 @@ def read_masks(masks, images):
     Parameters
     ----------
     masks : array-like of shape (n, H, W), (n, H * W) or (n,), or list of arrays, pictures or paths
-        Labels of pixels. Lists may hold masks of several sizes.
+        Labels of pixels; one more axis of length 1, for the channel, is dropped. Lists may hold
+        masks of several sizes.
     images : ImageList
         Whose sizes they must have.
 
@@ -193,8 +194,8 @@ def _read_mask(mask, size, row):
     if hasattr(mask, "detach"):
         mask = mask.detach().cpu().numpy()
     mask = np.asarray(mask)
-    if mask.ndim == 3 and mask.shape[2] == 1:
-        mask = mask[..., 0]
+    if mask.ndim == 3 and 1 in (mask.shape[2], mask.shape[0]):  # as images have it, or as tensors
+        mask = mask.squeeze(axis=2 if mask.shape[2] == 1 else 0)
     if mask.ndim < 2 and mask.size == size[0] * size[1]:
         mask = mask.reshape(size)
     if mask.shape != tuple(size):

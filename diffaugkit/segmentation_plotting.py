@@ -32,7 +32,7 @@ class SegmentationDisplay:
     X : images, n of them
         (n, h, w, c) or (n, h, w) arrays, (n, c, h, w) tensors, lists of arrays, PIL images or
         paths, which may differ in size, a folder, or (n, h * w * c) with `image_shape`; uint8 or
-        float.
+        float. Channels as for :class:`SampleGridDisplay`.
     y_pred : bool or int array-like of shape (n, h, w) or (n, h * w), or list of (h, w) or of paths
         Predicted label of each pixel.
     y_true : as `y_pred`, or None, default=None

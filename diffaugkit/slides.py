@@ -11,6 +11,7 @@ import importlib
 import math
 import os
 import threading
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -21,7 +22,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from diffaugkit.image_files import _pillow
+from diffaugkit.image_files import _n_frames, _pillow
 
 __all__ = ["Slide", "open_slide", "read_box", "thumbnail"]
 
@@ -150,6 +151,7 @@ class PictureSlide(Slide):
                 # Of 16 bits Pillow would keep the upper 8.
                 _check_form(not image.tile or ";16" not in str(image.tile[0]), "16 bits a channel")
                 self.levels = [(image.height, image.width)]
+                _warn_of_pages(path, _n_frames(image))
         except Image.DecompressionBombError as error:
             raise ValueError(
                 f"{str(error).partition(',')[0]}. Write it as a tiled TIFF, which is read in part, "
@@ -474,6 +476,8 @@ def _mapped_tiff(path):
             # RGB, row by row: what has alpha or planes is read by Pillow.
             if not page.is_memmappable or page.shape[2:] != (3,) or page.photometric != 2:
                 return None
+            others = [other for other in file.pages if not other.subfiletype & 5]
+            _warn_of_pages(path, sum(other.shape == page.shape for other in others))
             tags = [page.tags.get(name) for name in ("YResolution", "XResolution")]
             unit, description = page.tags.get("ResolutionUnit"), page.description
         slide = open_slide(tifffile.memmap(path, page=0, mode="r"))
@@ -485,6 +489,16 @@ def _mapped_tiff(path):
     if slide.mpp is None and in_cm:
         slide.mpp = tuple(1e4 * tag.value[1] / tag.value[0] for tag in tags)
     return slide
+
+
+def _warn_of_pages(path, n):
+    if n > 1:
+        warnings.warn(
+            f"{path} holds {n} pages or frames, of which the first is the slide: save another one "
+            "as a file of its own, or read it with tifffile.imread and give the array.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _ome_mpp(description):

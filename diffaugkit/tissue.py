@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from diffaugkit.arrays import refuse_missing, some
+from diffaugkit.arrays import refuse_missing, refuse_mixed, some
 from diffaugkit.image_files import _capital, _DecodedRows, _unreadable
 from diffaugkit.segmentation_data import tile_starts
 from diffaugkit.slides import NEAR, Slide, open_slide, read_box, thumbnail
@@ -594,6 +594,7 @@ def _named_slides(slides, slide_ids):
             slide_ids = list(map(str, slide_ids))
     # Else NumPy would make the name "nan" of a missing one.
     refuse_missing(slide_ids, "slide_ids", "names", "name every slide")
+    refuse_mixed(slide_ids, "slide_ids")
     names = np.asarray(slide_ids)
     if names.shape != (len(slides),):
         raise ValueError(

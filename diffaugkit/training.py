@@ -395,6 +395,7 @@ def fit_loop(
                 # stop?
                 state.epoch, state.batch = state.epoch + 1, 0
                 stops = [_asks_to_stop(c(state.epoch - 1, state.history)) for c in callbacks]
+                state.history[-1] = {k: _number(v) for k, v in state.history[-1].items()}
                 state.stopped = processes.any(stops)
                 state.finished = state.epoch == max_epochs or state.stopped
                 state.save(processes)
@@ -473,6 +474,11 @@ def _clip(parameters, most, *, each):
 def _asks_to_stop(answer):
     # True alone: what a logger or a progress bar happens to return does not.
     return bool(answer) if isinstance(answer, bool | np.bool_) else False
+
+
+def _number(value):
+    # What callbacks add to the history may be a tensor; a checkpoint and a table hold numbers.
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 # ---- losses, weights and memory under watch ------------------------------------------------------

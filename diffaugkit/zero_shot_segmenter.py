@@ -324,9 +324,15 @@ class ZeroShotSegmenter(TorchEstimator):
         Raises
         ------
         NotFittedError, ValueError
-            Before ``fit``; for input that does not match it.
+            Before ``fit``; for input that does not match it; where `n_segments` was set to None
+            after ``fit``, which then learned no threshold.
         """
         check_is_fitted(self, "timestep_")
+        if self.n_segments is None and self.merge_threshold_ is None:
+            raise ValueError(
+                "n_segments=None merges to a threshold, but ZeroShotSegmenter was fitted with a "
+                "number of segments and has learned none: fit it again."
+            )
         rows = self._check_input(X, reset=False)
         masks = np.empty((len(rows), *self.image_shape_[:2]), np.int32)
         for i in range(len(rows)):
@@ -489,14 +495,14 @@ class ZeroShotSegmenter(TorchEstimator):
                 return  # its weights say how large latents are
             shape = autoencoder.latent_shape(shape)
         with isolated_rng(0):
-            module = diffusion._make_module(shape, 0)
+            module, blank = diffusion._make_module(shape, 0), torch.zeros(1, *shape)
         if not isinstance(module, UNetDenoiser):
             raise self._no_unet(diffusion)
         if self._on_features():
             self._choose_grid(shape[1:], module.multiple)
             return
         with torch.no_grad(), record_attention(module) as found:
-            module(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))
+            module(blank, torch.zeros(1, dtype=torch.int64))
         self._choose_resolution(_mean_maps(found.self_attention, module.multiple, shape[1:]))
 
     def _on_features(self):
@@ -826,7 +832,8 @@ def _cluster(points, start):
     with warnings.catch_warnings():
         # An image of one colour has fewer kinds of points than clusters: some of them stay empty.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        distances = model.fit_transform(points.cpu().numpy())
+        # An array, also where scikit-learn is set to put out tables.
+        distances = np.asarray(model.fit_transform(points.cpu().numpy()))
     return -torch.from_numpy(distances.T.astype(np.float32)).to(points.device).square()
 
 

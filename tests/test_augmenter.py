@@ -505,6 +505,8 @@ def test_cells(data, tmp_path):
     layered = ad.AnnData(np.zeros_like(X), layers={"scaled": X}, obs=cells.obs)
     more, _ = tiny(tiny_diffusion(layer="scaled")).fit_resample(layered, y)
     assert np.abs(more.layers["scaled"][68:]).min(axis=1).max() > 0
+    np.testing.assert_array_equal(more.layers["scaled"][:68], X)
+    assert more.X is None  # of generated cells there are no other values
     with pytest.raises(ValueError, match="raw counts"):
         tiny().fit_resample(sp.csr_matrix(np.arange(1360).reshape(68, 20)), y)
 

@@ -396,6 +396,17 @@ def test_grid_search_uses_the_score(blobs):
     assert search.best_score_ > 0.9
 
 
+@pytest.mark.parametrize(("n", "n_classes"), [(3, 2), (10, 2), (12, 5), (60, 10)])
+def test_small_folds_have_a_score(blobs, n, n_classes):
+    X = blobs[0][:n]
+    encoder = tiny(max_epochs=1).fit(blobs[0])
+    y = [f"t{row % n_classes}" for row in range(n)]
+    cv = min(10, -(-n // n_classes))
+    n_neighbors = min(10, n - -(-n // cv))
+    expected = knn_accuracy(encoder.transform(X), y, n_neighbors=n_neighbors, cv=cv)
+    assert encoder.score(X, y) == expected
+
+
 def test_parameters_changed_after_fit_leave_the_width(blobs):
     encoder = SelfSupervisedEncoder(max_epochs=1, n_components=7, random_state=0).fit(blobs[0])
     encoder.set_params(n_components=3)
@@ -421,6 +432,9 @@ def test_a_folder_of_checkpoints_is_no_place_for_a_model(blobs, tmp_path):
     encoder = SelfSupervisedEncoder(max_epochs=1, random_state=0, checkpoint_dir=tmp_path)
     with pytest.raises(ModelFileError, match="holds the checkpoints of a fit"):
         encoder.fit(blobs[0]).save(tmp_path)
+    (tmp_path / "em" / "12-EM-DiffAugEM").mkdir(parents=True)  # as DiffAugEM names them
+    with pytest.raises(ModelFileError, match="holds the checkpoints of a fit"):
+        encoder.save(tmp_path / "em")
 
 
 def test_single_rows_of_whole_numbers_are_transformed_after_load(tmp_path):

@@ -977,3 +977,37 @@ def test_more_channels_than_four():
     for images in (X, tensor_of(X)):
         rows = check_X(Pixels(), images, reset=True, images=True)
         np.testing.assert_array_equal(rows[:].permute(0, 2, 3, 1), X)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "high", "largest"),
+    [
+        (np.uint16, 4095, 4095),
+        (np.uint16, 3000, 4095),  # of a camera of 12 bits
+        (np.uint16, 16383, None),
+        (np.uint8, 20, 31),
+        (np.uint8, 60, None),
+        (np.float32, 0.06, 0.06),
+        (np.float32, 0.5, None),
+        (np.float32, 4095, None),  # floats beyond 1 have the scale of their values
+        (np.uint8, 0, None),  # one colour is another matter
+    ],
+)
+def test_dim_images_are_warned_of(dtype, high, largest, tmp_path):
+    X = np.zeros((150, 6, 5), dtype)
+    X[60:90, :3] = high
+    forms = [X]
+    if dtype != np.float32:
+        for row, image in enumerate(X):
+            Image.fromarray(image).save(tmp_path / f"{row:03}.png")
+        forms.append(tmp_path)
+    for number, images in enumerate(forms):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            rows = check_X(Pixels(), images, reset=True, images=True)
+            check_X(Pixels(), rows, reset=True, images=True)  # our own say nothing again
+        # Files of bytes are not decoded to know.
+        assert len(seen) == (largest is not None and not (number and dtype == np.uint8))
+        if seen:
+            assert f"between 0 and {high:g}, a small part" in str(seen[0].message)
+            assert f"X / {largest:g}," in str(seen[0].message)

@@ -122,6 +122,22 @@ def test_sample_grid_of_generated_images_alone():
     assert tiles(SampleGridDisplay(pictures(2)).plot()).shape[:2] == (1, 2)
 
 
+@pytest.mark.parametrize("n_channels", [2, 5])
+def test_the_first_three_of_many_channels_are_drawn(n_channels):
+    X = np.random.default_rng(0).integers(0, 256, (2, 9, 8, n_channels)).astype(np.uint8)
+    rgb = np.zeros((2, 9, 8, 3), np.uint8)
+    rgb[..., :n_channels] = X[..., :3]
+    expected = SampleGridDisplay(rgb).plot().image_.get_array()
+    for images in (X, torch.from_numpy(X).permute(0, 3, 1, 2)):
+        np.testing.assert_array_equal(SampleGridDisplay(images).plot().image_.get_array(), expected)
+
+
+@pytest.mark.parametrize("n_columns", [0, 2.0])
+def test_a_grid_without_columns_is_refused(n_columns):
+    with pytest.raises(ValueError, match="n_columns must be an int >= 1, got"):
+        SampleGridDisplay(pictures(2)).plot(n_columns=n_columns)
+
+
 def test_sample_grid_draws_into_given_axes():
     figure, axes = matplotlib.pyplot.subplots(1, 2)
     display = SampleGridDisplay(pictures(4), pictures(4)).plot(ax=axes[1])

@@ -236,6 +236,14 @@ def test_embedding_display_from_pipeline():
     assert np.array_equal(display.embedding, X[:, :2])
 
 
+def test_views_that_copy_their_source_have_a_histogram():
+    X = normal(20, 4).astype(np.float32)
+    display = SimilarityHistogramDisplay.from_embeddings(X, {"copies": X.copy()})
+    assert [text.get_text() for text in display.legend_.get_texts()] == ["copies (median 1.00)"]
+    low, high = display.ax_.get_xlim()
+    assert low < 1 < high
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -417,11 +417,12 @@ def test_genes_that_tie_up_to_rounding_are_all_kept():
 
 def test_normalised_input_warns(counts):
     log = np.log1p(counts)
-    with pytest.warns(UserWarning, match="expects raw counts"):
+    with pytest.warns(UserWarning, match="expects raw counts") as seen:
         CellPreprocessor().fit(log)
     fitted = CellPreprocessor().fit(counts)
-    with pytest.warns(UserWarning, match="layer='counts'"):
+    with pytest.warns(UserWarning, match="layer='counts'") as later:
         fitted.transform(log)
+    assert [warning.filename for warning in (*seen, *later)] == [__file__] * 2
 
 
 @EACH

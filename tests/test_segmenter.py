@@ -428,6 +428,22 @@ def test_score_is_mean_dice(data, fitted):
     assert fitted.score(X, masks) == pytest.approx(theirs)
 
 
+def test_masks_may_have_an_axis_of_channels(data):
+    X, masks = data
+    expected = tiny().fit(X, masks).predict_proba(X)
+    for given in (masks[..., None], torch.from_numpy(masks)[:, None]):
+        np.testing.assert_array_equal(tiny().fit(X, given).predict_proba(X), expected)
+
+
+def test_dim_images_in_a_list_are_warned_of_once(data):
+    X, masks = data
+    dim = [image.astype(np.uint16) for image in X]  # up to 255 of 65 535
+    with pytest.warns(UserWarning, match="for DiffusionSegmenter such images are nearly") as seen:
+        model = tiny().fit(dim, list(masks))
+    assert len(seen) == 1
+    model.predict(dim)
+
+
 def test_masks_from_files_and_of_several_sizes(tmp_path):
     pairs = [blobs(1, *size, seed=i) for i, size in enumerate([(16, 12), (9, 20), (8, 8)])]
     X, masks = [x[0] for x, _ in pairs], [mask[0] for _, mask in pairs]

@@ -751,6 +751,21 @@ def test_errors_say_what_is_wrong(slides, options, message):
         TissueTiles(slides, **{"tile_size": 16, **options})
 
 
+def test_names_of_slides_are_of_one_kind():
+    with pytest.raises(TypeError, match="slide_ids must be all strings or all numbers"):
+        TissueTiles([GOOD, GOOD], 16, slide_ids=[3, "x"])
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "gif"])
+def test_pages_beside_the_first_are_warned_of(tmp_path, suffix):
+    pages = [Image.fromarray(GOOD), Image.fromarray(255 - GOOD)]
+    pages[0].save(tmp_path / f"s.{suffix}", save_all=True, append_images=pages[1:])
+    with pytest.warns(UserWarning, match=r"s\.\w+ holds 2 pages or frames, of which the first"):
+        tiles = TissueTiles([tmp_path / f"s.{suffix}"], 16, tissue_threshold=None)
+    if suffix != "gif":  # which has 256 colours
+        np.testing.assert_array_equal(tiles[[0]][0].permute(1, 2, 0), GOOD[:16, :16])
+
+
 def test_files_that_are_none(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="Slide broken cannot be read: it is no image that Pillow"):

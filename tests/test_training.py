@@ -439,6 +439,16 @@ def test_a_device_that_is_not_there():
 # ---- stopping ------------------------------------------------------------------------------------
 
 
+def test_what_a_callback_adds_to_the_history_may_be_a_tensor(toy, tmp_path):
+    def callback(epoch, history):
+        history[-1] |= {"tensor": torch.tensor(epoch + 0.5), "array": np.float32(2), "word": "a"}
+
+    _, history = train(toy, max_epochs=2, callbacks=callback, checkpoint_dir=tmp_path)
+    added = [[row[name] for name in ("tensor", "array", "word")] for row in history]
+    assert added == [[0.5, 2.0, "a"], [1.5, 2.0, "a"]]
+    assert {type(value) for row in added for value in row} == {float, str}
+
+
 def test_a_callback_stops(toy):
     seen = []
 

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from sklearn import config_context
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
@@ -454,6 +455,23 @@ def test_fit_predict_score(X, fitted):
     assert tiny(fitted.diffusion_, merge_threshold=0.3).fit(X[:1]).merge_threshold_ == 0.3
     with pytest.raises(ValueError, match="metric must be"):
         fitted.score(X, truth, metric="auc")
+
+
+@pytest.mark.parametrize("how", [{"n_segments": 2}, {"refine": True}], ids=str)
+def test_settings_of_others_change_nothing(X, how):
+    expected = tiny(**how).fit(X).predict(X[:2])
+    torch.set_default_dtype(torch.float64)
+    try:
+        with config_context(transform_output="pandas"):
+            np.testing.assert_array_equal(tiny(**how).fit(X).predict(X[:2]), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_without_a_threshold_nothing_is_merged(X, diffusion):
+    model = tiny(diffusion, n_segments=2).fit(X).set_params(n_segments=None)
+    with pytest.raises(ValueError, match="has learned none: fit it again"):
+        model.predict(X)
 
 
 def test_the_diffusion_is_fitted_unless_it_is_frozen(X, diffusion, fitted):

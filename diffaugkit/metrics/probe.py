@@ -175,11 +175,13 @@ class _Training:
 
         scaler = StandardScaler().fit(X)
         X, X_test = (self._tensor(scaler.transform(part)) for part in (X, X_test))
-        target = torch.eye(self.n_classes)[torch.from_numpy(codes)].to(self.device)
+        # The caller's default may be another.
+        options = {"dtype": torch.float32, "device": self.device}
+        target = torch.eye(self.n_classes, **options)[torch.from_numpy(codes).to(self.device)]
         n, d = X.shape
         batch_size = min(self.batch_size, n)
-        rate = torch.tensor(rates, device=self.device)[:, None, None] * (batch_size / 256)
-        weight = torch.zeros(len(rates), d, self.n_classes, device=self.device)
+        rate = torch.tensor(rates, **options)[:, None, None] * (batch_size / 256)
+        weight = torch.zeros(len(rates), d, self.n_classes, **options)
         velocity = torch.zeros_like(weight)
         generator = torch.Generator().manual_seed(self.seed)
         for epoch in range(self.max_epochs):
