@@ -47,7 +47,8 @@ __all__ = ["DiffusionDetector"]
 _PLACES, _MOST_STRIDE = 3, 16
 # Share of the boxes that may lie between places, such as slivers at the border of an image.
 _MOST_MISSED = 0.1
-_LEAST_VALIDATED = 0.05
+# Score from which a box counts in validation and `score`: average precision wants weak ones, too.
+_LEAST_SCORED = 0.05
 # COCO's: at 0.5 alone the epochs of few held-out boxes are often equal.
 _IOU_STEPS = tuple(np.linspace(0.5, 0.95, 10))
 # Of the group norm in torchvision's heads.
@@ -309,7 +310,7 @@ class DiffusionDetector(PretrainedUNet):
         """Make the callback that scores epochs on held-out images and keeps the best weights."""
         # Lower than predictions need it, so that early epochs, whose scores are low, can be told
         # apart.
-        least = min(self.score_threshold, _LEAST_VALIDATED)
+        least = min(self.score_threshold, _LEAST_SCORED)
 
         def score(epoch, history):
             found = self._named(self._find(module.eval(), images, least))
@@ -341,12 +342,13 @@ class DiffusionDetector(PretrainedUNet):
         Memory beside images and boxes is that of one strip of tiles.
         """
         check_is_fitted(self, "module_")
-        return self._predict(self._read(X, reset=False))
+        return self._predict(self._read(X, reset=False), self.score_threshold)
 
     def score(self, X, y):
         """Average precision at IoU 0.5, mean over the classes of `y`.
 
-        Not the paper's mean IoU, which depends on the score from which a box counts; for that see
+        Of boxes with a score from 0.05, whatever the `score_threshold` above it. Not the paper's
+        mean IoU, which depends on the score from which a box counts; for that see
         :func:`~diffaugkit.metrics.mean_box_iou`.
 
         Parameters
@@ -363,12 +365,13 @@ class DiffusionDetector(PretrainedUNet):
         check_is_fitted(self, "module_")
         self._require(y, "boxes")
         images = self._read(X, reset=False)
-        return box_average_precision(read_boxes(y, images), self._predict(images))
+        least = min(self.score_threshold, _LEAST_SCORED)
+        return box_average_precision(read_boxes(y, images), self._predict(images, least))
 
-    def _predict(self, images):
+    def _predict(self, images, least):
         module = self.module_.to(self._device()).eval()
         with reduced_precision(module, self.precision, self._device()):
-            return self._named(self._find(module, images, self.score_threshold))
+            return self._named(self._find(module, images, least))
 
     def _find(self, module, images, least):
         """Boxes (n, 4), scores (n,) and class codes (n,) of each image, as one tensor (n, 6)."""

@@ -85,7 +85,8 @@ class DiffAugEM(TorchTransformer):
         next E-step looks at fewer: `augmentation_prob` times its epochs, at least 1.
     condition : {"embedding", "projection", "supervised", "random"}, default="embedding"
         What the generator sees of a sample: its y, its z, its label (needs `y` in ``fit``; ablation
-        A1 of the paper) or a random vector (A2).
+        A1 of the paper) or a random vector (A2), which belongs to a place among the rows of
+        ``fit``: of other rows, or in another order, `augment` then makes samples of others.
     joint : bool, default=False
         Train both networks in every phase, on the sum of both losses (ablation B4); for vectors.
     image_shape : tuple of (int, int, int) or None, default=None

@@ -63,9 +63,9 @@ from diffaugkit.encoder import SelfSupervisedEncoder
 from diffaugkit.encoder_fits import FEW_ROWS
 from diffaugkit.image_inputs import check_image_shape, is_standard
 from diffaugkit.image_rows import ImageRows, from_unit, to_unit
-from diffaugkit.metrics import quality_report
+from diffaugkit.metrics import nearest_training_samples
 from diffaugkit.metrics.checks import check_labels
-from diffaugkit.metrics.quality import report_rows
+from diffaugkit.metrics.quality import own_report, report_rows
 from diffaugkit.rows import DenseRows, MappedRows
 from diffaugkit.runtime import isolated_rng, mix_seed, progress_bar, resolve_precision
 from diffaugkit.spaces import ComponentSpace, CopySpace, LatentSpace, PixelSpace, space_from_state
@@ -457,8 +457,20 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         ndarray of shape (n_samples * n_per_sample, n_features), float32; or as many images
             All samples of the first source, then of the second, and so on:
             ``np.repeat(np.arange(n_samples), n_per_sample)`` gives the source of each.
+
+        Raises
+        ------
+        ValueError
+            For input that does not match that of ``fit``, or an unconditional model with
+            ``strength=1``: from noise alone it makes samples of no source, see :meth:`sample`.
         """
         check_is_fitted(self, "module_")
+        if self._condition is None and strength == 1:
+            raise ValueError(
+                "The model is unconditional (encoder=None): from noise alone its samples have no "
+                "source. Take sample(n), strength below 1, which starts from the source, or a "
+                "model with an encoder."
+            )
         rows = self._check_rows(X)
         embeddings = None if self._condition is None else self._embed(rows)
         return self._augment(rows, embeddings, n_per_sample, strength, random_state)
@@ -488,7 +500,9 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         """Compare one generated sample per row of `X` with `X`; of many rows, for 2 000 of them.
 
         Vectors are compared in the compact space; images in the embeddings of the model's own
-        encoder, or without one on 50 principal components of the pixels.
+        encoder, or without one on 50 principal components of the pixels. Samples of an
+        unconditional model have no source, and so no labels: of each the nearest real sample is
+        taken for the copy ratio.
 
         Parameters
         ----------
@@ -783,7 +797,9 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         else:
             spread = self._space["std"]
             features = np.asarray(self._latents(rows)) * spread, latents.numpy() * spread
-        return quality_report(*features, source, labels=labels, random_state=seed)
+        if embeddings is None:
+            source, labels = nearest_training_samples(*features)[1], None
+        return own_report(*features, source, labels, seed)
 
     def _image_features(self, rows, latents):
         space = self._space_of()

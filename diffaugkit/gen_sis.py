@@ -51,7 +51,7 @@ from diffaugkit.encoder_fits import draw_partners
 from diffaugkit.image_rows import ImageRows
 from diffaugkit.image_store import refuse_other_run, stored_samples
 from diffaugkit.metrics.checks import check_labels
-from diffaugkit.metrics.quality import quality_report, report_rows
+from diffaugkit.metrics.quality import own_report, report_rows
 from diffaugkit.persistence import fingerprint
 from diffaugkit.runtime import mix_seed
 
@@ -390,7 +390,7 @@ class GenSIS(TorchTransformer):
         source = report_rows(len(rows), seed)
         made = self.diffusion_.sample(real[source], random_state=seed)
         made = embed_rows(encoder, self._generated_rows(self.diffusion_, made))
-        return quality_report(real, made, source, labels=labels, random_state=seed)
+        return own_report(real, made, source, labels, seed)
 
     def _listened_to(self):
         """Give the encoder whose embeddings the generator knows."""

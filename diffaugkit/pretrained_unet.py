@@ -159,6 +159,14 @@ class PretrainedUNet(TorchEstimator):
             identity=identity,
         )
         network = module if validation is None else module.restore()
+        if validation is not None and module.best_score == 0:
+            warnings.warn(
+                "No epoch found any object of the held-out images, so that they cannot tell which "
+                "is best: the last one is kept. More epochs, more images with labels, or "
+                "validation_fraction=0 may help.",
+                UserWarning,
+                stacklevel=5,
+            )
         return network.eval(), [{"phase": "finetuning", **row} for row in history]
 
     def _make_denoiser(self):

@@ -3,6 +3,7 @@
 imbalanced-learn's words and rules, without an import of it: it changes scikit-learn's own tables.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -235,7 +236,8 @@ def count_wanted(sampling_strategy, targets, *, ratio=1.0, replace_real=False):
     """
     sizes = targets.sizes()
     if sampling_strategy is None:
-        return {name: round(ratio * size) for name, size in sizes.items()}
+        # Halves up, so that a class of one is not left out, nor 3 and 5 get the same.
+        return {name: math.floor(ratio * size + 0.5) for name, size in sizes.items()}
     if targets.codes is None:
         raise ValueError(
             "Multilabel and multioutput targets have no classes to balance: take "

@@ -234,8 +234,11 @@ class KeepBest(nn.Module):
 
     @torch.no_grad()
     def offer(self, score):
-        """Keep the present weights if `score`, above -1, is the highest so far; say whether."""
-        if not score > self.best_score:
+        """Keep the present weights if no `score` so far, all of them above -1, was higher; say so.
+
+        Of equal ones the last is kept: where nothing was found yet, later weights know more.
+        """
+        if not score >= self.best_score:
             return False
         self.best_score.fill_(score)
         for number, tensor in enumerate(self.network.state_dict().values()):

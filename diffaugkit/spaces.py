@@ -37,8 +37,8 @@ _SAMPLING_ON_CPU = 2**15, 4, 128
 _SAMPLING_ON_GPU = 2**20, 16, 512
 # Images from which the components are learned in which copies are looked for.
 _PIXEL_ROWS = 4_096
-# Stream of a seed for what components leave out.
-_RESIDUAL = 5
+# Stream of a seed for what components leave out, and the steps to its scale.
+_RESIDUAL, _SCALINGS = 5, 50
 
 
 class ComponentSpace:
@@ -53,7 +53,8 @@ class ComponentSpace:
     std : ndarray of shape (k,) or (d,), float32
         Standard deviations, by which the scores are divided.
     residual : ndarray of shape (d,), float32, or None, default=None
-        Standard deviation of each feature about the span of the components.
+        Standard deviation of the noise of each feature, of which the part off the components is
+        what rows have there.
     """
 
     clip = None
@@ -69,6 +70,7 @@ class ComponentSpace:
         left = None
         if residual and components is not None:
             left = _residual_std(rows, components * std[:, None])
+            left = None if left is None else _before_projection(left, components)
         # What has no spread must come back as it is: division by 0 avoided, the rest stays small,
         # by the measure of the data: features may be of any unit, and each of its own.
         least = 1e-8 * (float(np.max(std)) or 1.0)
@@ -222,6 +224,23 @@ def _residual_std(rows, axes):
     left = variances - (axes**2).sum(axis=0)
     left = np.where(left > 1e-6 * variances, left, 0)
     return np.sqrt(left).astype(np.float32) if left.any() else None
+
+
+def _before_projection(residual, components):
+    """Spread of independent noise that has the spread `residual` (d,) off the components (k, d).
+
+    Projecting takes k / d of its variance away, much where features are few. With v the variances,
+    P = C^T C and M = (I - P)^2 by entries, M v is what is left; v is found by scaling, in steps.
+    """
+    wanted = np.asarray(residual, np.float64) ** 2
+    inside = np.einsum("kd,kd->d", components, components)
+    variance = wanted.copy()
+    for _ in range(_SCALINGS):
+        gram = (components * variance) @ components.T
+        left = variance * (1 - 2 * inside) + np.einsum("kd,kd->d", gram @ components, components)
+        ratio = np.divide(wanted, left, out=np.zeros_like(left), where=left > 0)
+        variance *= ratio.clip(0.5, 2)
+    return np.sqrt(variance).astype(np.float32)
 
 
 def _rescale(pixels, old, new):

@@ -111,6 +111,9 @@ def test_wanted_sizes_are_those_of_imbalanced_learn(data, strategy):
     assert {name: n for name, n in found.items() if n} == {k: n for k, n in expected.items() if n}
     assert count_wanted(lambda y: {"c": 2 * (y == "c").sum()}, read_targets(y))["c"] == 8
     assert count_wanted(["c"], read_targets(y)) == {"a": 0, "b": 0, "c": 32}
+    sizes = (1, 2, 3, 5, 7)
+    found = count_wanted(None, read_targets(np.repeat(np.arange(5), sizes)), ratio=0.5)
+    assert list(found.values()) == [1, 1, 2, 3, 4]
     two = read_targets(np.where(y == "a", 1, 0))
     assert count_wanted(1.0, two) == {0: 12, 1: 0}
 

@@ -16,7 +16,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
 
-from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder, load
+from diffaugkit import EmbeddingConditionedDiffusion, LatentAutoencoder, load, segmenter
 from diffaugkit.metrics import dice_score
 from diffaugkit.runtime import isolated_rng
 from diffaugkit.segmentation_data import (
@@ -199,7 +199,7 @@ def test_the_best_epoch_is_kept(data):
     model = tiny(max_epochs=4, validation_fraction=0.4, learning_rate=3e-3)
     model.fit(X, masks)
     dice = model.history_["validation_dice"].dropna().tolist()
-    best = int(np.argmax(dice))
+    best = len(dice) - 1 - int(np.argmax(dice[::-1]))  # the last of equal ones
 
     def stop(epoch, history):
         return epoch == best and "validation_dice" in history[-1]
@@ -259,9 +259,25 @@ def test_keep_best():
     first = kept.network.weight.detach().clone()
     assert kept.offer(0.3)
     torch.nn.init.zeros_(kept.network.weight)
-    assert not kept.offer(0.3)
+    assert not kept.offer(0.2)
     assert not kept.offer(float("nan"))
     assert torch.equal(kept.restore().weight, first)
+    torch.nn.init.ones_(kept.network.weight)
+    assert kept.offer(0.3)
+    torch.nn.init.zeros_(kept.network.weight)
+    assert (kept.restore().weight == 1).all()
+
+
+def test_where_no_epoch_finds_anything_the_last_is_kept(data, monkeypatch):
+    X, masks = data
+    model = tiny(max_epochs=3, validation_fraction=0.4, diffusion=None)
+    better = iter(range(1, 9))
+    monkeypatch.setattr(segmenter, "_mean_dice", lambda *_: next(better) / 9)
+    expected = clone(model).fit(X, masks).predict_proba(X)
+    monkeypatch.setattr(segmenter, "_mean_dice", lambda *_: 0.0)
+    with pytest.warns(UserWarning, match="No epoch found any object of the held-out images"):
+        found = model.fit(X, masks).predict_proba(X)
+    np.testing.assert_array_equal(found, expected)
 
 
 # ---- whole images --------------------------------------------------------------------------------
