@@ -37,8 +37,8 @@ _SAMPLING_ON_CPU = 2**15, 4, 128
 _SAMPLING_ON_GPU = 2**20, 16, 512
 # Images from which the components are learned in which copies are looked for.
 _PIXEL_ROWS = 4_096
-# Stream of a seed for what components leave out, and the steps to its scale.
-_RESIDUAL, _SCALINGS = 5, 50
+# Stream of a seed for what components leave out, and the steps to its scale at most.
+_RESIDUAL, _SCALINGS = 5, 200
 
 
 class ComponentSpace:
@@ -240,6 +240,8 @@ def _before_projection(residual, components):
         left = variance * (1 - 2 * inside) + np.einsum("kd,kd->d", gram @ components, components)
         ratio = np.divide(wanted, left, out=np.zeros_like(left), where=left > 0)
         variance *= ratio.clip(0.5, 2)
+        if np.allclose(left, wanted, rtol=0.01, atol=0):
+            break
     return np.sqrt(variance).astype(np.float32)
 
 
