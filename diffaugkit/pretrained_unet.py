@@ -165,7 +165,7 @@ class PretrainedUNet(TorchEstimator):
                 "is best: the last one is kept. More epochs, more images with labels, or "
                 "validation_fraction=0 may help.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=7,
             )
         return network.eval(), [{"phase": "finetuning", **row} for row in history]
 
