@@ -128,8 +128,8 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
     >>> for bag, label in zip(bags, y):
     ...     bag[0, 0] += 6 * label  # one instance makes the difference
     >>> mil = AttentionMILClassifier(max_epochs=60, random_state=0).fit(bags, y)
-    >>> mil.score(bags, y), mil.attention(bags[1:2])[0].argmax()
-    (1.0, np.int64(0))
+    >>> mil.score(bags, y), int(mil.attention(bags[1:2])[0].argmax())
+    (1.0, 0)
     """
 
     _extra_state = ("_with_groups",)

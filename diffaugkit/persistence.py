@@ -513,7 +513,10 @@ class _Unpacker:
             case {"$": "dict", "items": list(items)}:
                 return {self.unpack(key): self.unpack(item) for key, item in items}
             case {"$": "scalar", "dtype": str(name), "value": item} if name in _SCALAR_DTYPES:
-                return np.dtype(name).type(self.unpack(item))
+                scalar = np.dtype(name).type(self.unpack(item))
+                if isinstance(scalar, np.integer) and scalar != item:  # NumPy 1 wraps around
+                    raise OverflowError(f"{item} is no {name}")
+                return scalar
             case {"$": "path", "value": str(text)}:
                 return Path(text)
             case {"$": "device", "value": str(text)}:

@@ -230,6 +230,8 @@ class DenseRows(ResidentRows):
 
     def __array__(self, dtype=None, copy=None):
         """Give the array itself where no other dtype is asked."""
+        if copy is None:  # which NumPy 1 does not know
+            return np.asarray(self._array, dtype=dtype)
         return np.array(self._array, dtype=dtype, copy=copy)
 
 

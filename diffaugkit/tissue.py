@@ -494,8 +494,8 @@ def tissue_mask(image, threshold="otsu", *, min_speck=0, min_hole=0):
     >>> from diffaugkit.tissue import tissue_mask
     >>> image = np.full((40, 40, 3), 240, np.uint8)
     >>> image[10:30, 10:30] = [200, 90, 150]
-    >>> tissue_mask(image)[:, 20].sum() > 18
-    np.True_
+    >>> bool(tissue_mask(image)[:, 20].sum() > 18)
+    True
     """
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:

@@ -108,8 +108,8 @@ def test_images_keep_their_brightness():
     # With a norm for each channel alone flat images came back in the wrong grey, at 20 decibels.
     grey = np.random.default_rng(0).integers(0, 256, (240, 1, 1), dtype=np.uint8)
     X = np.broadcast_to(grey, (240, 4, 4))
-    model = tiny(max_epochs=25, batch_size=20).fit(X[:200])
-    assert model.score(X[200:]) > 23
+    model = tiny(max_epochs=60, batch_size=20).fit(X[:200])
+    assert model.score(X[200:]) > 30
     assert min(model.module_.config.block_out_channels) // model.module_.config.norm_num_groups >= 4
 
 

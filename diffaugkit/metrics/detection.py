@@ -14,8 +14,10 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import average_precision_score
 
 from diffaugkit.arrays import some, to_numpy
+from diffaugkit.metrics.segmentation import iou_tables
 
 _RECALLS = np.linspace(0, 1, 101)
+_MOST_PAIRS = 2**20  # looked at in one go
 
 
 def box_average_precision(
@@ -47,7 +49,7 @@ def box_average_precision(
         Classes to score; None takes those of `y_true`.
     interpolation : "coco" or None, default="coco"
         Area below the curve: the mean over 101 recalls of the best precision at that recall or
-        beyond, as pycocotools and torchmetrics have it, or the plain sum of steps of
+        beyond, as pycocotools has it, or the plain sum of steps of
         ``sklearn.metrics.average_precision_score``.
     average : bool, default=True
         Whether to return the mean over classes, or one value each.
@@ -66,8 +68,9 @@ def box_average_precision(
 
     Notes
     -----
-    COCO looks at the 100 best predictions of an image only; here all count. The IoU is
-    ``torchvision.ops.box_iou`` in float64.
+    COCO looks at the 100 best predictions of an image only; here all count. The IoU is that of
+    ``torchvision.ops.box_iou``, in float64. Memory is that of the pairs which overlap, so that a
+    slide of 100 000 nuclei is an image as any other.
 
     References
     ----------
@@ -91,8 +94,8 @@ def box_average_precision(
     true, found = _pair(y_true, y_pred)
     names = _names(true) if labels is None else np.asarray(labels)
     values = [
-        np.mean([_average_precision(part, t, interpolation) for t in thresholds])
-        for part in (_of_class(true, found, name) for name in names)
+        np.mean([_average_precision(matches, t, interpolation) for t in thresholds])
+        for matches in (_Matches(_of_class(true, found, name)) for name in names)
     ]
     values = np.array(values, np.float64)
     if not average:
@@ -156,12 +159,11 @@ def mean_box_iou(
     total, count = 0.0, 0
     for name in _names(true + found) if labels is None else labels:
         for one, other in _of_class(true, found, name):
-            iou = _iou(one["boxes"], other["boxes"])
-            matched = iou[linear_sum_assignment(-iou)]
-            total += matched.sum()
-            count += len(one["boxes"])
-            if count_extra:
-                count += len(other["boxes"]) - np.count_nonzero(matched)
+            count += len(one["boxes"]) + count_extra * len(other["boxes"])
+            for iou in iou_tables(_overlapping(one["boxes"], other["boxes"])):
+                matched = iou[linear_sum_assignment(iou, maximize=True)]
+                total += matched.sum()
+                count -= count_extra * np.count_nonzero(matched)
     return float(total / count) if count else 1.0
 
 
@@ -286,33 +288,68 @@ def _of_class(true, found, name):
     ]
 
 
-def _iou(one, other):
-    """Intersection over union, (n, m) float64."""
-    import torch
-    from torchvision.ops import box_iou
+def _overlapping(true, predicted):
+    """Pairs of boxes that share pixels, and their IoU: no table of all by all."""
+    names = [("true", int), ("predicted", int), ("iou", float)]
+    found = [np.zeros(0, names)]
+    if not (len(true) and len(predicted)):
+        return found[0]
+    # Of the boxes from left to right those can overlap that begin within this reach.
+    order = np.argsort(predicted[:, 0], kind="stable")
+    begins, widest = predicted[order, 0], np.ptp(predicted[:, ::2], axis=1).max()
+    first = np.searchsorted(begins, true[:, 0] - widest, side="left")
+    counts = np.searchsorted(begins, true[:, 2], side="left") - first
+    part = np.cumsum(counts) // _MOST_PAIRS
+    for rows in np.split(np.arange(len(true)), np.flatnonzero(np.diff(part)) + 1):
+        n = counts[rows]
+        t = np.repeat(rows, n)
+        p = order[np.repeat(first[rows] - (np.cumsum(n) - n), n) + np.arange(n.sum())]
+        low = np.maximum(true[t, :2], predicted[p, :2])
+        high = np.minimum(true[t, 2:], predicted[p, 2:])
+        near = (high > low).all(axis=1)
+        t, p, shared = t[near], p[near], np.prod(high[near] - low[near], axis=1)
+        pairs = np.zeros(len(t), names)
+        pairs["true"], pairs["predicted"] = t, p
+        areas = (np.prod(x[:, 2:] - x[:, :2], axis=1) for x in (true[t], predicted[p]))
+        pairs["iou"] = shared / (sum(areas) - shared)
+        found.append(pairs)
+    return np.concatenate(found)
 
-    return box_iou(torch.from_numpy(one), torch.from_numpy(other)).numpy()
+
+class _Matches:
+    """Of the images of one class: which predictions find a true box, at any threshold."""
+
+    def __init__(self, images):
+        self.n_true = sum(len(true["boxes"]) for true, _ in images)
+        self._pairs, scores = [], [np.zeros(0)]
+        for true, found in images:
+            order = np.argsort(-found["scores"], kind="stable")
+            scores.append(found["scores"][order])
+            pairs = _overlapping(true["boxes"], found["boxes"][order])
+            # A prediction takes the best box that those of higher scores have left.
+            keys = pairs["true"], -pairs["iou"], pairs["predicted"]
+            self._pairs.append((len(order), pairs[np.lexsort(keys)]))
+        self.scores = np.concatenate(scores)
+
+    def hits(self, threshold):
+        """Tell of each prediction, in the order of ``scores``, whether it finds a true box."""
+        hits = [np.zeros(0, bool)]
+        for n, pairs in self._pairs:
+            hit, taken = np.zeros(n, bool), set()
+            close = pairs[pairs["iou"] >= threshold]
+            for p, t in zip(close["predicted"].tolist(), close["true"].tolist(), strict=True):
+                if not hit[p] and t not in taken:
+                    hit[p] = True
+                    taken.add(t)
+            hits.append(hit)
+        return np.concatenate(hits)
 
 
-def _hits(true, found, threshold):
-    """Tell which predictions, sorted by score, find a true box; and their scores."""
-    order = np.argsort(-found["scores"], kind="stable")
-    iou = _iou(found["boxes"][order], true["boxes"])
-    hit = np.zeros(len(order), bool)
-    for number, row in enumerate(iou):
-        if row.size and row.max() >= threshold:
-            hit[number] = True
-            iou[:, row.argmax()] = -1  # taken
-    return hit, found["scores"][order]
-
-
-def _average_precision(images, threshold, interpolation):
-    n_true = sum(len(true["boxes"]) for true, _ in images)
+def _average_precision(matches, threshold, interpolation):
+    n_true, score = matches.n_true, matches.scores
     if not n_true:
         return np.nan
-    hit, score = map(
-        np.concatenate, zip(*(_hits(*pair, threshold) for pair in images), strict=True)
-    )
+    hit = matches.hits(threshold)
     if not hit.any():
         return 0.0
     if interpolation is None:

@@ -1007,19 +1007,32 @@ def _matched_iou(pairs, threshold):
     pairs = pairs[pairs["iou"] > threshold]
     if threshold >= 0.5:  # no object is in two
         return pairs["iou"]
-    # Group by group of objects that hang together.
-    n = pairs["predicted"].max(initial=-1) + 1
-    nodes = pairs["true"] + n, pairs["predicted"]
-    n_nodes = nodes[0].max(initial=-1) + 1
-    graph = coo_array((np.ones(len(pairs)), nodes), shape=(n_nodes, n_nodes))
-    group = connected_components(graph, directed=False)[1][nodes[1]]
     found = [np.zeros(0)]
-    for part in np.split(pairs[np.argsort(group, kind="stable")], np.cumsum(np.bincount(group))):
-        (t, p) = (np.unique(part[side], return_inverse=True)[1] for side in ("true", "predicted"))
-        iou = np.zeros((t.max(initial=-1) + 1, p.max(initial=-1) + 1))
-        iou[t, p] = part["iou"]
+    for iou in iou_tables(pairs):
         # Up to n pairs: what all their IoU can add stays below what one more pair does.
         worth = np.where(iou > 0, 1 + iou / (min(iou.shape) + 1), 0)
         best = iou[linear_sum_assignment(worth, maximize=True)]
         found.append(best[best > 0])
     return np.concatenate(found)
+
+
+def iou_tables(pairs):
+    """Yield the IoU of all true with all predicted objects, group by group that hang together.
+
+    Parameters
+    ----------
+    pairs : structured ndarray with "true", "predicted" and "iou"
+        Those that overlap, each once.
+    """
+    n = pairs["predicted"].max(initial=-1) + 1
+    nodes = pairs["true"] + n, pairs["predicted"]
+    n_nodes = nodes[0].max(initial=-1) + 1
+    graph = coo_array((np.ones(len(pairs)), nodes), shape=(n_nodes, n_nodes))
+    group = connected_components(graph, directed=False)[1][nodes[1]]
+    sizes = np.bincount(group)
+    ends = np.cumsum(sizes[sizes > 0])[:-1]
+    for part in np.split(pairs[np.argsort(group, kind="stable")], ends):
+        (t, p) = (np.unique(part[side], return_inverse=True)[1] for side in ("true", "predicted"))
+        iou = np.zeros((t.max(initial=-1) + 1, p.max(initial=-1) + 1))
+        iou[t, p] = part["iou"]
+        yield iou
