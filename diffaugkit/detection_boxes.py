@@ -123,8 +123,9 @@ def read_boxes(boxes, images):
             f"Found input variables with inconsistent numbers of samples: X has {len(images)} "
             f"images, but boxes has {len(found)}: one entry each, empty where there is no object."
         )
-    largest = max((image["boxes"].max(initial=0) for image in found), default=0)
-    if 0 < largest <= 1:
+    values = np.concatenate([image["boxes"] for image in found] or [np.zeros((0, 4))])
+    largest = values.max(initial=0)
+    if largest <= 1 and (values % 1).any():  # (0, 0, 1, 1) is the first pixel
         raise ValueError(
             f"No box reaches beyond {largest:.3g} pixels: are these shares of width and height? "
             "Boxes are in pixels."
@@ -167,14 +168,17 @@ def patch_targets(boxes, codes, patches, images):
         Box and class code, or `BLANK`. Filled up with blank boxes without area.
     """
     height, width = patches.shape[2:]
-    rows = []
+    rows, strip = [], None
     for number, top, left in patches.places:
-        moved = boxes[number] - [left, top, left, top]
-        seen = (moved[:, 2:] > 0).all(axis=1) & (moved[:, :2] < [width, height]).all(axis=1)
-        moved = moved[seen]
+        if strip != (number, top):  # not all boxes of a slide for each of its patches
+            strip = number, top
+            within = (boxes[number][:, 1] < top + height) & (boxes[number][:, 3] > top)
+            near, named = boxes[number][within], codes[number][within]
+        seen = (near[:, 0] < left + width) & (near[:, 2] > left)
+        moved = near[seen] - [left, top, left, top]
         centre = (moved[:, :2] + moved[:, 2:]) / 2
         mine = ((centre >= 0) & (centre < [width, height])).all(axis=1)
-        rows.append(np.column_stack([moved, np.where(mine, codes[number][seen], BLANK)]))
+        rows.append(np.column_stack([moved, np.where(mine, named[seen], BLANK)]))
         size = images.size(number)
         if size[1] < width:
             rows[-1] = np.vstack([rows[-1], [size[1], 0, width, height, BLANK]])

@@ -89,6 +89,7 @@ class DiffAugEM(TorchTransformer):
         ``fit``: of other rows, or in another order, `augment` then makes samples of others.
     joint : bool, default=False
         Train both networks in every phase, on the sum of both losses (ablation B4); for vectors.
+        One optimiser and one batch serve both: `learning_rate` and `batch_size` are the encoder's.
     image_shape : tuple of (int, int, int) or None, default=None
         Height, width and channels of images given as rows of numbers.
     layer : str or None, default=None
@@ -492,8 +493,8 @@ class DiffAugEM(TorchTransformer):
         embeddings = self._condition(encoder, rows, labels, seed)
         m_step = diffusion._prepare(rows, embeddings, seed=self._child_seed(seed, 20 + number))
         if going_on:
-            m_step.module, m_step.condition = diffusion.module_, diffusion._condition
-        both = nn.ModuleDict({"encoder": e_step.module, "diffusion": m_step.module})
+            m_step.module = diffusion.module_
+        both = _Both(e_step.module, m_step.module, m_step.condition).to(self._device())
         inputs = [*e_step.batches.sources[2:], *m_step.batches.sources]
         batches = make_batches(
             *e_step.batches.sources[:2],
@@ -501,10 +502,6 @@ class DiffAugEM(TorchTransformer):
             batch_size=encoder.batch_size,
             seed=self._child_seed(seed, 30 + number),
             device=self._device(),
-        )
-        mean, spread = (
-            torch.as_tensor(m_step.condition[name], dtype=torch.float32, device=self._device())
-            for name in ("mean", "std")
         )
 
         def loss(x, neighbors, *rest):
@@ -515,15 +512,15 @@ class DiffAugEM(TorchTransformer):
                 # As it embeds outside training, which is what samples are asked for by.
                 e_step.module.eval()
                 with torch.no_grad():
-                    y, z = e_step.module(x)
+                    y, z = e_step.module.embedder(x)
+                    cond = both.standardise(y if self.condition == "embedding" else z)
                 e_step.module.train()
-                cond = ((y if self.condition == "embedding" else z) - mean) / spread
             m_loss = m_step.loss(latents, cond)["loss"]
             return {"loss": e_loss + m_loss, "e_loss": e_loss, "m_loss": m_loss}
 
         # A teacher or queue follows the encoder, here as in an E-step.
         e_step.module.n_steps = encoder.max_epochs * batches.steps_per_epoch
-        _, history = encoder._fit_loop(
+        trained, history = encoder._fit_loop(
             both,
             loss,
             batches,
@@ -533,11 +530,12 @@ class DiffAugEM(TorchTransformer):
             identity={"encoder": described(encoder), "diffusion": described(diffusion)},
             warmup=0.05,
             grad_clip=5.0,
+            ema_decay=diffusion.ema_decay,
         )
         encoder._set_fitted(e_step, e_step.module, history)
-        m_step.pool = self._condition(encoder, rows, labels, seed)[m_step.picked]
+        m_step.look_at(rows, self._condition(encoder, rows, labels, seed))
         diffusion.encoder_ = None
-        diffusion._set_fitted(m_step, m_step.module, history)
+        diffusion._set_fitted(m_step, trained.diffusion, history)
 
     def _check_labels(self, y, n):
         if self.condition != "supervised":
@@ -582,6 +580,32 @@ class DiffAugEM(TorchTransformer):
     @property
     def _n_features_out(self):
         return _width(self.encoder_)
+
+
+class _Both(nn.Module):
+    """The two networks of joint training, and the standardisation between them.
+
+    It follows the encoder: what an untrained one gives has a hundredth of the spread.
+    """
+
+    def __init__(self, encoder, diffusion, condition):
+        super().__init__()
+        self.encoder, self.diffusion = encoder, diffusion
+        self.scale = nn.BatchNorm1d(len(condition["mean"]), eps=1e-12, affine=False)
+        self.scale.running_mean.copy_(torch.as_tensor(condition["mean"]))
+        self.scale.running_var.copy_(torch.as_tensor(condition["std"]) ** 2)
+
+    def standardise(self, embeddings):
+        """Give embeddings mean 0 and variance 1, by the last ten batches or so."""
+        embeddings = embeddings.float()
+        if len(embeddings) > 1:
+            self.scale.train()(embeddings)
+        return self.scale.eval()(embeddings)
+
+    def compile(self, *args, **kwargs):
+        """Compile the networks, which the loss calls."""
+        self.encoder.compile(*args, **kwargs)
+        self.diffusion.compile(*args, **kwargs)
 
 
 def _width(encoder):

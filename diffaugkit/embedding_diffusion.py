@@ -964,16 +964,7 @@ class _Fit:
                     f"embeddings have shape {embeddings.shape}: several tokens per row need the "
                     "U-Net of images. For vectors, join them: embeddings.reshape(len(X), -1)."
                 )
-            # In double precision: over many rows far from 0 nothing would be left of the spread.
-            mean, spread = (f(embeddings, axis=0, dtype=np.float64) for f in (np.mean, np.std))
-            spread = np.where(spread > 1e-6 * np.abs(mean), spread, 1)
-            self.condition = {
-                "mean": mean.astype(np.float32),
-                "std": spread.astype(np.float32),
-                "noise": self._condition_noise(rows, embeddings.shape[-1]),
-            }
-            self.picked = np.sort(np.random.default_rng(seed).permutation(len(rows))[:_POOL])
-            self.pool = embeddings[self.picked]
+            self.look_at(rows, embeddings)
             embeddings = standardise(embeddings, self.condition)
             n_condition = embeddings.shape[-1]
         self.space, self.autoencoder, self.image = self._make_space(rows)
@@ -994,6 +985,19 @@ class _Fit:
             seed=estimator._child_seed(seed, 2),
             device=device,
         )
+
+    def look_at(self, rows, embeddings):
+        """Measure how to standardise the embeddings, and keep some to draw under."""
+        # In double precision: over many rows far from 0 nothing would be left of the spread.
+        mean, spread = (f(embeddings, axis=0, dtype=np.float64) for f in (np.mean, np.std))
+        spread = np.where(spread > 1e-6 * np.abs(mean), spread, 1)
+        self.condition = {
+            "mean": mean.astype(np.float32),
+            "std": spread.astype(np.float32),
+            "noise": self._condition_noise(rows, embeddings.shape[-1]),
+        }
+        picked = np.sort(np.random.default_rng(self.seed).permutation(len(rows))[:_POOL])
+        self.pool = embeddings[picked]
 
     def _condition_noise(self, rows, width):
         if self.estimator.condition_noise != "auto":

@@ -411,7 +411,9 @@ def fit_loop(
 
         result = module if average is None else average.module
         # Statistics follow the rows that a process saw: all take home those of the first.
-        processes.share(result.buffers())
+        processes.share(module.buffers())
+        if average is not None:
+            processes.share(result.buffers())
 
     result.eval()
     if device.type == "cuda":

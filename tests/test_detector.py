@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -150,6 +151,22 @@ def test_targets_of_patches():
     small = PatchRows(images, [0], (24, 16), (8, 8))
     (row,) = patch_targets(boxes, [np.array([0, 1, 2])], small, images)
     assert row.tolist()[3:] == [[12, 0, 16, 24, BLANK], [0, 20, 16, 24, BLANK]]
+    # Each patch looks at the boxes of its strip alone: none is lost, none is another's.
+    images = ImageList([ImageRows(np.zeros((2, 60, 50), np.uint8))], [(0, 255)])
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 40, (2, 80, 2))
+    boxes = list(np.concatenate([corner, corner + rng.uniform(1, 10, corner.shape)], axis=2))
+    patches = PatchRows(images, [0, 1], (16, 16), (8, 8))
+    targets = patch_targets(boxes, [np.arange(80), np.arange(80)], patches, images)
+    for (number, *corner), row in zip(patches.places, targets, strict=True):
+        low = np.maximum(boxes[number][:, 1::-1], corner)
+        high = np.minimum(boxes[number][:, :1:-1], np.add(corner, 16))
+        area = row[:, 2] > row[:, 0]
+        assert area.sum() == (high > low).all(axis=1).sum()
+        centre = (boxes[number][:, 1::-1] + boxes[number][:, :1:-1]) / 2
+        mine = ((centre >= corner) & (centre < np.add(corner, 16))).all(axis=1)
+        assert sorted(row[row[:, 4] != BLANK, 4].tolist()) == np.flatnonzero(mine).tolist()
+    patches = PatchRows(images, [0], (8, 8), (8, 4))
     nothing = patch_targets([np.zeros((0, 4))], [np.zeros(0)], patches, images)
     assert nothing.shape == (len(patches), 1, 5)
     assert (nothing[..., 4] == BLANK).all()
@@ -282,6 +299,30 @@ def test_mean_iou_by_hand():
                     total, count = total + matched.sum(), count - (matched > 0).sum()
                 count += len(pairs[0]) + len(pairs[1])
         assert mean_box_iou(y_true, y_pred) == pytest.approx(total / count)
+
+
+def test_boxes_of_a_slide_are_compared_where_they_overlap():
+    # All by all 20 000 boxes were 30 GB. Cells of a grid, so that the scores are known: of each
+    # four one is missed, one half as wide, and there is one false alarm for each of them.
+    corner = 10.0 * np.stack(np.meshgrid(np.arange(200), np.arange(100)), axis=-1).reshape(-1, 2)
+    true = np.hstack([corner, corner + 8])
+    found = true[np.arange(len(true)) % 4 > 0]
+    found[::3, 2] -= 4
+    wrong = true[np.arange(len(true)) % 4 == 0] + [2000, 0, 2000, 0]
+    scores = np.repeat([0.9, 0.1], [len(found), len(wrong)])
+    y_pred = [{"boxes": np.vstack([found, wrong]), "scores": scores}]
+    tracemalloc.start()
+    at_half = box_average_precision([true], y_pred, iou_threshold=0.5)
+    above = box_average_precision([true], y_pred, iou_threshold=0.51, interpolation=None)
+    mean = mean_box_iou([true], y_pred)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert at_half == pytest.approx(76 / 101)
+    assert above == pytest.approx(
+        np.mean(np.arange(1, 10001) / (1 + np.arange(10000) * 1.5)) / 2, 1e-3
+    )
+    assert mean == pytest.approx((0.5 * 1 + 0.25 * 0.5) / 1.25)
+    assert peak < 100e6
 
 
 def test_scores_of_nothing():

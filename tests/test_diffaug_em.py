@@ -16,7 +16,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 
 import diffaugkit
-from diffaugkit import DiffAugEM, EmbeddingConditionedDiffusion, SelfSupervisedEncoder
+from diffaugkit import (
+    DiffAugEM,
+    EmbeddingConditionedDiffusion,
+    SelfSupervisedEncoder,
+    embedding_diffusion,
+)
 from diffaugkit.metrics import knn_accuracy
 from diffaugkit.rows import BackedRows
 
@@ -268,6 +273,43 @@ def test_joint_training_moves_both_networks(blobs):
     losses = long.history_
     for name in ("e_loss", "m_loss"):
         assert losses[name].iloc[-3:].mean() < losses[name].iloc[:3].mean()
+
+
+@pytest.mark.parametrize("method", ["scl", "dino"])
+def test_joint_training_conditions_on_what_it_is_asked_by(blobs, method, monkeypatch):
+    # Standardised by the untrained encoder conditions were of size 40 to 400, in which
+    # condition_noise is lost; and DINO's student is not what embeds.
+    X, seen = blobs[0], []
+    loss = embedding_diffusion._Fit.loss
+    monkeypatch.setattr(
+        embedding_diffusion._Fit, "loss", lambda self, x, c: seen.append(c) or loss(self, x, c)
+    )
+    encoder = tiny_encoder(method=method, batch_size=40)
+    model = tiny(encoder=encoder, joint=True, schedule=(40, 0, 40)).fit(X)
+    n_batches = -(-len(X) // 40)
+    given = torch.cat(seen[-n_batches:]).numpy()
+    asked = embedding_diffusion.standardise(model.transform(X), model.diffusion_._condition)
+    assert np.sqrt(np.mean(asked**2)) == pytest.approx(1, abs=1e-3)
+    away = np.linalg.norm(given[:, None] - asked, axis=2).min(axis=1)
+    assert np.quantile(away, 0.9) < 0.3
+    assert np.sqrt(np.mean(given**2)) == pytest.approx(1, abs=0.2)
+
+
+def test_joint_training_averages_and_compiles_the_denoiser(blobs, monkeypatch):
+    X, compiled = blobs[0], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
+    first, raw = (
+        tiny(
+            diffusion=tiny_diffusion(ema_decay=decay), joint=True, compile=True, schedule=(5,)
+        ).fit(X)
+        for decay in (0.999, None)
+    )
+    np.testing.assert_array_equal(first.transform(X), raw.transform(X))
+    weights = (dict(model.diffusion_.module_.named_parameters()) for model in (first, raw))
+    averaged, last = weights
+    assert all(not torch.equal(averaged[k], last[k]) for k in averaged if averaged[k].ndim == 2)
+    assert {cls.__name__ for cls in compiled} >= {type(raw.diffusion_.module_).__name__}
+    assert {cls.__name__ for cls in compiled} >= {type(raw.encoder_.module_).__name__}
 
 
 @pytest.mark.parametrize("method", ["dino", "byol", "mocov2"])
