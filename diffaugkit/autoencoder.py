@@ -35,6 +35,7 @@ from diffaugkit.base import (
     Interval,
     StrOptions,
     TorchTransformer,
+    Widths,
     _fit_context,
     all_or_nothing,
 )
@@ -153,7 +154,7 @@ class LatentAutoencoder(TorchTransformer):
         "kind": [StrOptions({"kl", "vq"})],
         "downsampling": [Interval(Integral, 1, None, closed="left")],
         "latent_channels": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
-        "block_out_channels": [tuple, list, StrOptions({"auto"})],
+        "block_out_channels": [Widths(), StrOptions({"auto"})],
         "layers_per_block": [Interval(Integral, 1, None, closed="left")],
         "n_codes": [Interval(Integral, 2, None, closed="left")],
         "kl_weight": [Interval(Real, 0, None, closed="left")],

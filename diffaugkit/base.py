@@ -37,6 +37,7 @@ __all__ = [
     "StrOptions",
     "TorchEstimator",
     "TorchTransformer",
+    "Widths",
     "_fit_context",
     "all_or_nothing",
     "described",
@@ -85,6 +86,25 @@ def _check_outlets(estimator):
                 f"callbacks[{number}] is {callback!r}; it must be a function, called as "
                 "callback(epoch, history)."
             )
+
+
+class Widths(HasMethods):  # scikit-learn takes none but its own kinds of constraints
+    """Constraint on a parameter that holds the widths of layers, at least `fewest` of them."""
+
+    def __init__(self, fewest=1):
+        super().__init__(["__len__", "__iter__"])
+        self.fewest = fewest
+
+    def is_satisfied_by(self, val):  # noqa: D102
+        return (
+            isinstance(val, tuple | list)
+            and len(val) >= self.fewest
+            and all(isinstance(width, Integral) and width >= 1 for width in val)
+        )
+
+    def __str__(self):
+        """Say what is allowed, in scikit-learn's message."""
+        return "a tuple of integers of at least 1"
 
 
 class TorchEstimator(BaseEstimator):

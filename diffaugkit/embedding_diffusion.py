@@ -35,6 +35,7 @@ from diffaugkit.base import (
     StrOptions,
     TorchEstimator,
     TorchTransformer,
+    Widths,
     _fit_context,
     all_or_nothing,
 )
@@ -238,7 +239,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         "ema_decay": [Interval(Real, 0, 1, closed="left"), None],
         "width": [Interval(Integral, 1, None, closed="left")],
         "n_blocks": [Interval(Integral, 1, None, closed="left")],
-        "block_out_channels": [tuple, list, StrOptions({"auto"})],
+        "block_out_channels": [Widths(), StrOptions({"auto"})],
         "layers_per_block": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "n_attention_levels": [Interval(Integral, 0, None, closed="left"), StrOptions({"auto"})],
         "layer": [str, None],
@@ -720,10 +721,6 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         """Refuse parts that do not fit the data, before any of them is trained."""
         if isinstance(self.denoiser, nn.Module):
             check_signature(self.denoiser, conditional)
-        elif self._denoiser_name(rows.is_image) == "unet" and self.block_out_channels != "auto":
-            widths = self.block_out_channels
-            if not (widths and all(isinstance(w, Integral) and w >= 1 for w in widths)):
-                raise ValueError(f"block_out_channels={widths!r} must hold integers of at least 1.")
         if self.autoencoder is None:
             return
         if not rows.is_image:

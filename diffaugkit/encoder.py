@@ -37,6 +37,7 @@ from diffaugkit.base import (
     Options,
     StrOptions,
     TorchTransformer,
+    Widths,
     _fit_context,
     all_or_nothing,
 )
@@ -314,7 +315,7 @@ class SelfSupervisedEncoder(TorchTransformer):
         "backbone": [str, torch.nn.Module],
         "n_components": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "n_projections": [Interval(Integral, 1, None, closed="left")],
-        "hidden_sizes": [tuple, list],
+        "hidden_sizes": [Widths(fewest=0)],
         "skip": ["boolean"],
         "dropout": [Interval(Real, 0, 1, closed="left"), StrOptions({"auto"})],
         "n_pcs": [Interval(Integral, 1, None, closed="left"), None],
@@ -692,16 +693,13 @@ class SelfSupervisedEncoder(TorchTransformer):
                 f"{', '.join(_METHOD_OPTIONS)}."
             )
         if not isinstance(self.weight_decay, str):
-            pair = np.atleast_1d(np.asarray(self.weight_decay, dtype=float))
-            if len(pair) > 2 or not (pair.size and (pair >= 0).all()):
+            pair = np.atleast_1d(np.asarray(self.weight_decay))
+            numbers = pair.dtype.kind in "iuf"
+            if not (numbers and pair.ndim == 1 and 1 <= len(pair) <= 2 and (pair >= 0).all()):
                 raise ValueError(
                     f"weight_decay={self.weight_decay!r} must be a number of at least 0, or two of "
                     "them: the first and the last value."
                 )
-        if not all(isinstance(size, Integral) and size >= 1 for size in self.hidden_sizes):
-            raise ValueError(
-                f"hidden_sizes={self.hidden_sizes!r} must hold integers of at least 1."
-            )
         for name, value in given.items():
             allowed = _OPTION_CONSTRAINTS[name]
             if not any(constraint.is_satisfied_by(value) for constraint in allowed):

@@ -5,8 +5,8 @@ image, is not cut off, and has the size and the kind of the others. Formats that
 they end (BMP, PPM) are decoded for that. The kinds are greyscale ("1", "L", "LA"), colour
 ("RGB", palettes, "CMYK" and the like, converted to RGB as torchvision does, an alpha channel is
 dropped), 16-bit greyscale (float32, pixel range (0, 65535)) and 32-bit float greyscale. Files of
-several images, such as stacks of channels, are refused. A camera's orientation mark is ignored, as
-torchvision does.
+several images, such as stacks of channels, and of colours of 16 bits are refused. A camera's
+orientation mark is ignored, as torchvision does.
 """
 
 import io
@@ -310,8 +310,8 @@ class ShardRows(_DecodedRows):
     Raises
     ------
     ValueError
-        If a shard is missing, truncated, compressed or empty, or a member is no image or of another
-        size or kind than the first; the message names shard and member.
+        If a shard is missing, truncated, compressed or empty, or a member is a link, no image, or
+        of another size or kind than the first; the message names shard and member.
     """
 
     shuffle_block = _SHARD_SHUFFLE_BLOCK
@@ -373,7 +373,7 @@ def list_images(folder):
     Parameters
     ----------
     folder : str or path-like
-        Where to look, to any depth.
+        Where to look, to any depth; links that lead back up are left out.
 
     Returns
     -------
@@ -404,7 +404,9 @@ def list_images(folder):
     inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     # A link to nothing is listed too: reading it names it, where leaving it out would be silent.
     found = [(str(path), "") for path in inside if _is_image_file(path.name) and not path.is_dir()]
-    for place in (path for path in inside if path.is_dir()):
+    # A link back up would list the same files again, under another label.
+    above = (folder.resolve(), *folder.resolve().parents)
+    for place in (path for path in inside if path.is_dir() and path.resolve() not in above):
         for root, names in sorted(_walk(place)):
             paths = (str(Path(root) / name) for name in sorted(names) if _is_image_file(name))
             found += [(path, place.name) for path in paths]
@@ -506,15 +508,38 @@ def _kind_of(image, name):
             f"{_capital(name)} has mode {image.mode}, which has no plain reading as grey or "
             'colour: convert it with image.convert("RGB").'
         )
-    kind = _READ_AS[image.mode]
-    # Layout in the file, of an image not yet decoded: "RGB;16L" and the like.
-    stored = str(image.tile[0][3]) if getattr(image, "tile", None) else ""
-    if kind in ("L", "RGB") and ";16" in stored:
+    _refuse_other_bytes(image, name)
+    return image.size, _READ_AS[image.mode]
+
+
+def _refuse_other_bytes(image, name):
+    """Refuse what Pillow decodes as bytes but the file holds in another form."""
+    if _READ_AS.get(image.mode) not in ("L", "RGB"):
+        return
+    bits = _bits(image)
+    if bits > 8:
         raise ValueError(
-            f"{_capital(name)} has several channels of 16 bits, of which Pillow would keep the "
-            "upper 8: read the files with tifffile or skimage.io.imread, and give one array."
+            f"{_capital(name)} has several channels of {bits} bits, of which Pillow would keep 8: "
+            "read the files as arrays, TIFF with tifffile.imread and PNG with imagecodecs.imread, "
+            "and give one array."
         )
-    return image.size, kind
+    # SampleFormat: 2 marks integers with a sign.
+    if image.format == "TIFF" and 2 in image.tag_v2.get(339, ()):
+        raise ValueError(
+            f"{_capital(name)} holds bytes with a sign (int8), of which Pillow would read -1 as "
+            "255: read the files with tifffile.imread, and give arrays."
+        )
+
+
+def _bits(image):
+    """Count the bits of a channel in the file of a Pillow image; 8 where nothing says more."""
+    if image.format == "TIFF":
+        return max(8, *image.tag_v2.get(258, (8,)))
+    # Of an image not yet decoded: "RGB;16B" in PNG, ("RGB", 65535) with the white of PPM.
+    stored = image.tile[0][3] if getattr(image, "tile", None) else ""
+    if image.format == "PPM" and isinstance(stored, tuple):
+        return max(8, stored[1].bit_length())
+    return 16 if ";16" in str(stored) else 8
 
 
 def _n_frames(image):
@@ -644,7 +669,15 @@ def _scan_shard(path):
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name = member.name
-                if not (member.isfile() and _is_image_file(name.rpartition("/")[2])):
+                if not _is_image_file(name.rpartition("/")[2]):
+                    continue
+                if member.islnk() or member.issym():
+                    raise ValueError(
+                        f"Member {name} of shard {path} is a link to {member.linkname}, which "
+                        "holds no image itself: write the shard with the files in place of links "
+                        "(GNU tar: --dereference --hard-dereference)."
+                    )
+                if not member.isfile():
                     continue
                 key = _key(name)
                 if key in before:

@@ -76,8 +76,8 @@ def rows_of_images(X, known_shape=None, known_layout=None):
     """
     if isinstance(X, Rows):
         return X if X.is_image else None
-    if isinstance(X, str | os.PathLike):
-        return _images_at(os.fspath(X))
+    if isinstance(X, str | bytes | os.PathLike):
+        return _images_at(_path(X))
     if hasattr(X, "getbands"):
         raise TypeError("X is one PIL image: give a list of images, [X] for one.")
     if is_a(X, "torch", "DataLoader"):
@@ -91,11 +91,21 @@ def rows_of_images(X, known_shape=None, known_layout=None):
         return DatasetRows(X)
     if is_a(X, "torch", "Tensor"):
         return _rows_of_array(X, known_shape, known_layout)
+    X = _without_axis(X)
     if isinstance(X, list | tuple) or len(getattr(X, "shape", ())) == 1:
         return _rows_of_list(X, known_shape, known_layout)
     if hasattr(X, "shape") and not sp.issparse(X):
         return _rows_of_array(X, known_shape, known_layout)
     return None
+
+
+def _without_axis(X):
+    """Column of a table of one column that holds text or objects; anything else as it is."""
+    if is_a(X, "pandas", "DataFrame") or isinstance(X, np.ndarray):
+        if len(X.shape) == 2 and X.shape[1] == 1:
+            column = np.asarray(X)[:, 0]
+            return column if column.dtype.kind in "OUS" else X
+    return X
 
 
 def _rows_of_array(X, known_shape, known_layout):
@@ -139,7 +149,8 @@ def _rows_of_list(X, known_shape, known_layout):
         # Items of a torch Dataset, as cross-validation picks them: the image comes first.
         items = [item[0] for item in items]
         first = items[0]
-    if isinstance(first, str | os.PathLike):
+    if isinstance(first, str | bytes | os.PathLike):
+        items = [_path(item) if isinstance(item, bytes) else item for item in items]
         shards = [str(item).endswith(".tar") for item in items]
         return ShardRows(items) if all(shards) else FileImageRows(items)
     if hasattr(first, "getbands"):
@@ -169,6 +180,16 @@ def _rows_of_list(X, known_shape, known_layout):
 
         return _rows_of_array(torch.stack(list(items)), known_shape, known_layout)
     return _rows_of_array(np.stack(items), known_shape, known_layout)
+
+
+def _path(path):
+    """Path as str; what a file holds is none."""
+    if isinstance(path, bytes) and b"\0" in path:
+        raise TypeError(
+            "X holds what is in files, as bytes: give their paths, or images, as "
+            "[PIL.Image.open(io.BytesIO(item)) for item in X]."
+        )
+    return os.fsdecode(path)
 
 
 def _images_at(path):

@@ -28,6 +28,7 @@ from diffaugkit.base import (
     Interval,
     StrOptions,
     TorchEstimator,
+    Widths,
     _fit_context,
     all_or_nothing,
     described,
@@ -138,7 +139,7 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         **TorchEstimator._parameter_constraints,
         "pooling": [StrOptions(set(_POOLINGS))],
         "n_attention": [Interval(Integral, 1, None, closed="left")],
-        "hidden_sizes": [tuple, list],
+        "hidden_sizes": [Widths(fewest=0)],
         "dropout": [Interval(Real, 0, 1, closed="left")],
         "max_instances": [Interval(Integral, 1, None, closed="left"), None],
         "class_weight": [dict, StrOptions({"balanced"}), None],
@@ -213,18 +214,14 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         Raises
         ------
         ValueError
-            For empty bags, bags of different width, missing labels or groups, labels that differ
-            within a group or do not go with the groups, or a single class.
+            For no bags, empty bags, bags of different width, missing labels or groups, labels that
+            differ within a group or do not go with the groups, or a single class.
         """
         import pandas as pd
 
         if y is None:
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
-            )
-        if not all(isinstance(size, Integral) and size >= 1 for size in self.hidden_sizes):
-            raise ValueError(
-                f"hidden_sizes={self.hidden_sizes!r} must hold integers of at least 1."
             )
         self._with_groups = groups is not None
         rows, bags, index = self._bags(X, groups, reset=True)
@@ -283,7 +280,7 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         Raises
         ------
         ValueError
-            For a table without `groups` after a fit with them.
+            For no bags, and for a table without `groups` after a fit with them.
         """
         check_is_fitted(self, "module_")
         return self.classes_[self.predict_proba(X, groups=groups).argmax(axis=1)]
@@ -358,6 +355,9 @@ class AttentionMILClassifier(ClassifierMixin, TorchEstimator):
         """Rows of all instances, an (start, stop) of each bag in an order, and that order."""
         import pandas as pd
 
+        shape = (len(X),) if isinstance(X, list | tuple) else getattr(X, "shape", ())
+        if len(shape) in (1, 3) and not shape[0]:  # of a table scikit-learn says so
+            raise ValueError("X holds no bags: give at least one.")
         if _is_list_of_bags(X):
             if groups is not None:
                 raise ValueError("groups name the bag of each row of a table, but X is a list.")

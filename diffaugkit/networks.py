@@ -450,6 +450,13 @@ def _timm_model(timm, name, shape, pretrained, drop_path, load):
             return timm.create_model(name, **base, **options)
         except TypeError:
             continue
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if isinstance(error, OSError):  # of a download
+                raise
+            raise ValueError(
+                f"backbone={name!r} cannot be made for images of {h} x {w} pixels (height x width) "
+                f"with {c} channels: {str(error) or type(error).__name__}"
+            ) from error
     raise ValueError(f"backbone={name!r} takes no in_chans={c}: choose another model of timm.")
 
 

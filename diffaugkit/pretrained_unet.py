@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from diffaugkit.arrays import check_groups
-from diffaugkit.base import HasMethods, Interval, StrOptions, TorchEstimator, described
+from diffaugkit.base import HasMethods, Interval, StrOptions, TorchEstimator, Widths, described
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X, warn_if_dim
 from diffaugkit.denoisers import UNetDenoiser, unet_size
@@ -60,7 +60,7 @@ class PretrainedUNet(TorchEstimator):
         "loss_weighting": [StrOptions(set(WEIGHTINGS))],
         "n_timesteps": [Interval(Integral, 2, None, closed="left")],
         "denoiser": [StrOptions({"unet", "attention_unet"})],
-        "block_out_channels": [tuple, list, StrOptions({"auto"})],
+        "block_out_channels": [Widths(), StrOptions({"auto"})],
         "patch_size": [Interval(Integral, 1, None, closed="left"), tuple, StrOptions({"auto"})],
         "stride": [Interval(Integral, 1, None, closed="left"), tuple, StrOptions({"auto"})],
         "augment": ["boolean"],

@@ -7,12 +7,17 @@ random patches with a stride. Functions on batches draw from torch's generators,
 
 import copy
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from diffaugkit.image_files import _n_frames, _refuse_frames
+from diffaugkit.image_files import (
+    _n_frames,
+    _pillow,
+    _refuse_frames,
+    _refuse_other_bytes,
+    _unreadable,
+)
 from diffaugkit.image_rows import BYTES, ImageRows
 from diffaugkit.rows import Rows
 
@@ -147,8 +152,8 @@ def read_masks(masks, images):
     ------
     ValueError
         For masks of another number or size than the images, values that are not whole numbers,
-        bool masks beside labels above 1, JPEG files, or files of several frames or pages; the
-        message names the row.
+        bool masks beside labels above 1, files that cannot be read, JPEG files, or files of several
+        frames or pages; the message names the row.
     """
     if hasattr(masks, "detach"):
         masks = masks.detach().cpu().numpy()
@@ -175,15 +180,24 @@ def read_masks(masks, images):
 
 
 def _read_mask(mask, size, row):
-    if isinstance(mask, str | os.PathLike):
-        from PIL import Image
-
-        with Image.open(Path(mask)) as picture:
+    if isinstance(mask, str | bytes | os.PathLike):
+        file = os.fsdecode(mask)
+        try:
+            picture = _pillow().open(file)
+        except Exception as error:  # a broken file can raise anything
+            raise _unreadable(f"the mask in row {row}, {file},", error) from error
+        with picture:
             return _read_mask(picture, size, row)
     if hasattr(mask, "getbands"):
         file = getattr(mask, "filename", "")
         name = f"the mask in row {row}" + (f", {file}," if file else "")
-        _refuse_frames(_n_frames(mask), name, "an array (h, w) of labels for each image")
+        _refuse_other_bytes(mask, name)
+        try:
+            n_frames = _n_frames(mask)
+            mask.load()
+        except Exception as error:
+            raise _unreadable(name, error) from error
+        _refuse_frames(n_frames, name, "an array (h, w) of labels for each image")
         # A TIFF may hold JPEG inside.
         inside = mask.info.get("compression")
         if getattr(mask, "format", None) == "JPEG" or inside in ("jpeg", "tiff_jpeg"):

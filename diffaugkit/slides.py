@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from diffaugkit.image_files import _n_frames, _pillow
+from diffaugkit.image_files import _bits, _n_frames, _pillow
 
 __all__ = ["Slide", "open_slide", "read_box", "thumbnail"]
 
@@ -147,9 +147,7 @@ class PictureSlide(Slide):
         Image = _pillow()
         try:
             with Image.open(path) as image:
-                _check_form(image.mode in _MODES, f"mode {image.mode}")
-                # Of 16 bits Pillow would keep the upper 8.
-                _check_form(not image.tile or ";16" not in str(image.tile[0]), "16 bits a channel")
+                _check_picture(image)
                 self.levels = [(image.height, image.width)]
                 _warn_of_pages(path, _n_frames(image))
         except Image.DecompressionBombError as error:
@@ -298,7 +296,7 @@ def open_slide(slide):
     if isinstance(slide, str | os.PathLike):
         return _open_path(Path(slide))
     if hasattr(slide, "getbands"):
-        _check_form(slide.mode in _MODES, f"mode {slide.mode}")
+        _check_picture(slide)
         return ArraySlide(_rgb(slide))
     array = np.asanyarray(slide)
     _check_form(array.ndim == 3 and array.shape[2] == 3, f"shape {array.shape}")
@@ -411,6 +409,12 @@ def _rgb(image):
     glass = _pillow().new("RGB", image.size, "white")
     glass.paste(image, mask=image)
     return np.asarray(glass)
+
+
+def _check_picture(image):
+    _check_form(image.mode in _MODES, f"mode {image.mode}")
+    bits = _bits(image)
+    _check_form(bits == 8, f"{bits} bits a channel")  # of which Pillow would keep 8
 
 
 def _check_form(right, found):

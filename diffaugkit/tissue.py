@@ -486,7 +486,7 @@ def tissue_mask(image, threshold="otsu", *, min_speck=0, min_hole=0):
     Raises
     ------
     ValueError
-        If the image is not RGB of 8 bits.
+        If the image is not RGB of 8 bits, or has no pixels.
 
     Examples
     --------
@@ -498,10 +498,11 @@ def tissue_mask(image, threshold="otsu", *, min_speck=0, min_hole=0):
     True
     """
     image = np.asarray(image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+    right = image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+    if not right or not image.size:
         raise ValueError(
             f"image has shape {image.shape} of {image.dtype}; it must be RGB of 8 bits, (h, w, 3) "
-            "uint8."
+            "uint8, with h and w of at least 1."
         )
     saturation, lit = _saturation(image)
     if threshold == "otsu":

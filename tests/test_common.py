@@ -108,6 +108,25 @@ def test_check_estimator_parameters(make):
     check_param_validation(type(make()).__name__, make())
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (SelfSupervisedEncoder, "hidden_sizes"),
+        (EmbeddingConditionedDiffusion, "block_out_channels"),
+        (diffaugkit.LatentAutoencoder, "block_out_channels"),
+        (diffaugkit.DiffusionSegmenter, "block_out_channels"),
+        (diffaugkit.DiffusionDetector, "block_out_channels"),
+        (diffaugkit.AttentionMILClassifier, "hidden_sizes"),
+    ],
+)
+@pytest.mark.parametrize("widths", [(8, 0), [8, -2], (8, 16.0), ("a",), 8])
+def test_widths_are_checked_before_anything_is_read(kind, name, widths):
+    estimator = kind(**{name: widths})
+    given = [["no", "images"]] * len(inspect.signature(kind.fit).parameters)
+    with pytest.raises(ValueError, match=rf"'{name}' parameter.*integers of at least 1"):
+        estimator.fit(*given[: 1 if hasattr(kind, "transform") else 2])
+
+
 @pytest.mark.parametrize("name", sorted(diffaugkit._HOMES))
 def test_public_names_import(name):
     assert getattr(diffaugkit, name).__name__ == name

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 import tracemalloc
@@ -29,6 +30,7 @@ from diffaugkit.image_files import FileImageRows, list_images
 from diffaugkit.image_rows import ImageRows, from_unit, to_unit
 from diffaugkit.rows import DenseRows, MappedRows, Rows, TemporaryRows
 from diffaugkit.segmentation_data import ImageList, read_masks
+from diffaugkit.slides import open_slide
 
 N, H, W = 12, 9, 7
 
@@ -159,9 +161,13 @@ DECODED = {
     "paths": lambda X, tmp: write_folder(tmp, X),
     "Path objects": lambda X, tmp: tuple(map(Path, write_folder(tmp, X))),
     "array of paths": lambda X, tmp: np.array(write_folder(tmp, X)),
+    "array of bytes": lambda X, tmp: np.array(write_folder(tmp, X), bytes),
+    "column of paths": lambda X, tmp: np.array(write_folder(tmp, X))[:, None],
+    "table of paths": lambda X, tmp: pd.DataFrame({"path": write_folder(tmp, X)}),
     "Series of paths": lambda X, tmp: pd.Series(write_folder(tmp, X), index=range(5, 5 + len(X))),
     "tiff": lambda X, tmp: write_folder(tmp, X, ".tif"),
     "folder": lambda X, tmp: write_folder(tmp, X) and str(tmp),
+    "folder as bytes": lambda X, tmp: write_folder(tmp, X) and bytes(tmp),
     "folder as Path": lambda X, tmp: write_folder(tmp, X) and tmp,
     "Dataset of PIL": lambda X, tmp: Items([(Image.fromarray(x), 3) for x in X]),
     "Dataset of arrays": lambda X, tmp: Items(X),
@@ -171,6 +177,9 @@ DECODED = {
     "Dataset of tensors": lambda X, tmp: torch.utils.data.TensorDataset(tensor_of(X)),
     "shards": lambda X, tmp: write_shards(tmp, X),
     "list of shards": lambda X, tmp: write_shards(tmp, X, 2) and sorted(tmp.glob("*.tar")),
+    "list of shards as bytes": lambda X, tmp: (
+        write_shards(tmp, X, 2) and [bytes(path) for path in sorted(tmp.glob("*.tar"))]
+    ),
     "one shard": lambda X, tmp: write_shards(tmp, X, 1).replace("{0000..0000}", "0000"),
 }
 
@@ -362,6 +371,42 @@ def test_modes_of_pillow(tmp_path):
         gate([tmp_path / "faint.tif"])
 
 
+@pytest.mark.parametrize("options", [{}, {"tile": (16, 16)}, {"compression": "zlib"}])
+@pytest.mark.parametrize("planes", [False, True])
+def test_colour_of_16_bits_is_refused_however_it_lies(planes, options, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    X = np.random.default_rng(0).integers(0, 256, (1, 32, 48, 3)).astype(np.uint8)
+    given = X[0].transpose(2, 0, 1) if planes else X[0]
+    options = {**options, "photometric": "rgb", "planarconfig": 2 if planes else 1}
+    path = tmp_path / "x.tif"
+    for bigtiff in (False, True):
+        tifffile.imwrite(path, given, bigtiff=bigtiff, **options)
+        np.testing.assert_array_equal(gate([path])[:].permute(0, 2, 3, 1), X)
+    # Planes without compression were read as noise.
+    tifffile.imwrite(path, given.astype(np.uint16) * 257, **options)
+    for images in ([path], [Image.open(path)], Items([Image.open(path)])):
+        with pytest.raises(ValueError, match=r"has several channels of 16 bits.*give one array"):
+            gate(images)
+    with pytest.raises(ValueError, match="it has 16 bits a channel, but slides are RGB of 8"):
+        open_slide(Image.open(path))
+
+
+def test_other_bytes_are_refused(tmp_path):
+    (tmp_path / "x.ppm").write_bytes(b"P6\n4 4\n1023\n" + bytes(4 * 4 * 3 * 2))
+    with pytest.raises(ValueError, match=r"x\.ppm has several channels of 10 bits"):
+        gate([tmp_path / "x.ppm"])
+    with pytest.raises(ValueError, match="it has 10 bits a channel"):
+        open_slide(tmp_path / "x.ppm")
+    (tmp_path / "x.ppm").write_bytes(b"P6\n4 4\n15\n" + bytes([15] * 48))
+    assert gate([tmp_path / "x.ppm"])[0].unique().tolist() == [255]
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "x.tif", np.full((4, 4), -1, np.int8))
+    with pytest.raises(ValueError, match=r"x\.tif holds bytes with a sign.*tifffile\.imread"):
+        gate([tmp_path / "x.tif"])
+    with pytest.raises(ValueError, match=r"mask in row 0, .*x\.tif, holds bytes with a sign"):
+        read_masks([tmp_path / "x.tif"], ImageList([gate(np.zeros((1, 4, 4), np.uint8))], [0, 255]))
+
+
 def test_folders_as_in_torchvision(truth, tmp_path):
     datasets = pytest.importorskip("torchvision.datasets")
     labels = [["b", "a", "c/deep"][i % 3] for i in range(N)]
@@ -385,8 +430,8 @@ def test_links_in_folders(truth, tmp_path):
     write_folder(tmp_path / "elsewhere", truth[:2], ".png")
     paths = list_images(tmp_path / "images")[0].tolist()
     # A link back up listed every image some forty times.
-    for place in ("a/up", "a/deep/self", "b/sibling"):
-        target = {"a/up": "images", "a/deep/self": "images/a/deep", "b/sibling": "elsewhere"}[place]
+    back = {"a/up": "images", "a/deep/self": "images/a/deep", "again": "images", "parent": "."}
+    for place, target in {**back, "b/sibling": "elsewhere"}.items():
         (tmp_path / "images" / place).symlink_to(tmp_path / target, target_is_directory=True)
     more = [str(path) for path in sorted((tmp_path / "images/b/sibling").iterdir())]
     assert sorted(list_images(tmp_path / "images")[0]) == sorted([*paths, *more])
@@ -693,6 +738,20 @@ def test_masks_of_two_forms_or_several_frames_are_refused(truth, tmp_path):
             segmenter.fit(truth[:4], [*masks[:3], mixed])
 
 
+@pytest.mark.parametrize("how", ["missing", "empty", "text", "truncated"])
+def test_masks_that_cannot_be_read_are_named(how, grey, tmp_path):
+    paths = write_folder(tmp_path, grey)
+    images = ImageList([gate(grey)], [(0, 255)])
+    np.testing.assert_array_equal(read_masks(list(map(os.fsencode, paths)), images), grey)
+    path = _broken(paths, how)
+    message = rf"The mask in row 4, .*{path.name}, cannot be read: "
+    with pytest.raises(ValueError, match=message):
+        read_masks(paths, images)
+    if how == "truncated":
+        with pytest.raises(ValueError, match=message):
+            read_masks([*paths[:4], Image.open(path), *paths[5:]], images)
+
+
 def test_mixed_images_are_named(truth, grey, tmp_path):
     paths = write_folder(tmp_path, truth)
     Image.fromarray(truth[3][:4]).save(paths[3])
@@ -762,6 +821,7 @@ def test_clear_errors(truth, grey, tmp_path):
         (truth[0], {}, r"looks like one colour image.*X\[None\]"),
         (truth[None], {}, "Found array with dim 5|images are"),
         (truth[:0], {}, r"0 sample\(s\)"),
+        (np.array([["a.png", "b.png"]]), {}, "could not convert|dtype"),
         ([], {}, "Expected 2D array|minimum|empty"),
         (truth.astype(complex), {}, "dtype complex128"),
         (truth.reshape(N, -1), {"image_shape": (8, 8, 3)}, "image_shape=.* rows have 189 values"),
@@ -787,6 +847,9 @@ def test_clear_errors(truth, grey, tmp_path):
     for X in (sp.csr_matrix(grey.reshape(N, -1)), gate(sp.csr_matrix(grey.reshape(N, -1)))):
         with pytest.raises(TypeError, match="dense data is required"):
             gate(X, image_shape=(H, W, 1))
+    for X in (png(truth[0]), [png(truth[0])]):
+        with pytest.raises(TypeError, match="in files, as bytes: give their paths, or images"):
+            gate(X)
     with pytest.raises(TypeError, match="stream"):
         gate(iter([truth]))
     with pytest.raises(TypeError, match=r"X\.dataset"):
@@ -889,6 +952,14 @@ def test_broken_shards_are_named(truth, tmp_path):
     # Archives of a Mac hold a file of its own beside each.
     write_shard(path, [("./0.png", png(truth[0])), ("./._0.png", b"Mac"), ("./._1.png", b"Mac")])
     assert len(gate(path)) == 1
+    for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+        write_shard(path, [("0.png", png(truth[0]))])
+        with tarfile.open(path, "a") as tar:
+            entry = tarfile.TarInfo("1.png")
+            entry.type, entry.linkname = kind, "0.png"
+            tar.addfile(entry)
+        with pytest.raises(ValueError, match=r"Member 1\.png of shard .* link to 0\.png.*--deref"):
+            gate(path)
     write_shard(path, [("0.txt", b"text")])
     with pytest.raises(ValueError, match="no images"):
         gate(path)

@@ -203,6 +203,8 @@ def test_weight_decay_may_rise(X, monkeypatch, given, used):
     np.testing.assert_allclose([decays[0], decays[-1]], used, atol=2e-3)
     with pytest.raises(ValueError, match=r"weight_decay=\(0.1, -1\) must be"):
         tiny(weight_decay=(0.1, -1)).fit(X)
+    with pytest.raises(ValueError, match=r"weight_decay=\('a',\) must be"):
+        tiny(weight_decay=("a",)).fit(X)
 
 
 @pytest.mark.parametrize(

@@ -378,9 +378,18 @@ def test_bad_input(data, change, message):
         tiny().fit(X, y, groups=groups)
 
 
+@pytest.mark.parametrize("X", [[], (), np.array([]), np.empty((0, 5, 10)), np.empty(0, object)])
+def test_no_bags(fitted, X):
+    for method in (fitted.predict, fitted.predict_proba, fitted.attention):
+        with pytest.raises(ValueError, match="X holds no bags: give at least one"):
+            method(X)
+    with pytest.raises(ValueError, match="X holds no bags"):
+        tiny().fit(X, [])
+
+
 @pytest.mark.parametrize("sizes", [(0,), (-8,), (8.0,), ("8",)])
 def test_bad_layers(data, sizes):
-    with pytest.raises(ValueError, match=r"hidden_sizes=.* must hold integers of at least 1"):
+    with pytest.raises(ValueError, match=r"hidden_sizes.* integers of at least 1"):
         tiny(hidden_sizes=sizes).fit(*data)
 
 

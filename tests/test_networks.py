@@ -309,6 +309,12 @@ def test_unknown_backbones_are_refused():
         make_backbone("resnet1", (8, 8, 1))
 
 
+def test_backbones_that_do_not_take_a_size_are_named():
+    for name in ("xcit_nano_12_p16_224", "mvitv2_tiny"):
+        with pytest.raises(ValueError, match=rf"backbone='{name}' cannot .* 40 x 48 .*: .+"):
+            make_backbone(name, (40, 48, 3))
+
+
 def test_readings_of_a_transformer():
     vit = seeded(small_vit, (16, 16, 3), width=12, depth=5, heads=2)
     x = images()

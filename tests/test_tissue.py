@@ -784,7 +784,9 @@ def test_a_picture_beyond_the_limit_of_pillow_says_what_to_do(tmp_path, monkeypa
         TissueTiles([tmp_path / "s.png"], 16)
 
 
-@pytest.mark.parametrize("image", [GOOD / 255, GOOD[..., 0], np.dstack([GOOD, GOOD[..., :1]])])
+@pytest.mark.parametrize(
+    "image", [GOOD / 255, GOOD[..., 0], np.dstack([GOOD, GOOD[..., :1]]), GOOD[:0], GOOD[:, :0]]
+)
 def test_a_mask_of_what_is_no_rgb_is_refused(image):
     with pytest.raises(ValueError, match=r"must be RGB of 8 bits, \(h, w, 3\) uint8"):
         tissue_mask(image)
