@@ -145,3 +145,10 @@ def embedder(estimator, method):
     if len(steps) == 1:
         return embed
     return lambda X: embed(estimator[:-1].transform(X))
+
+
+def strips(shape, n_pixels=2**22):
+    """Yield slices of rows, of a few million pixels each, that cover an image of a shape."""
+    step = max(1, n_pixels // max(1, shape[1]))
+    for start in range(0, shape[0], step):
+        yield slice(start, start + step)

@@ -87,12 +87,11 @@ def _boxes_of(mask, instances, min_size, connectivity):
         objects[~kept[objects]] = 0
     else:
         objects = label_instances(mask, min_size=min_size, connectivity=connectivity)
-    places = [place for place in find_objects(objects) if place is not None]
-    boxes = [(x.start, y.start, x.stop, y.stop) for y, x in places]
+    places = [(n, p) for n, p in enumerate(find_objects(objects), start=1) if p is not None]
+    boxes = [(x.start, y.start, x.stop, y.stop) for _, (y, x) in places]
     labels = np.ones(len(boxes), np.int64)
     if not instances:
-        number, first = np.unique(objects, return_index=True)
-        labels = mask.ravel()[first[number > 0]].astype(np.int64)
+        labels[:] = [mask[place][objects[place] == number][0] for number, place in places]
     return {"boxes": np.array(boxes, np.float32).reshape(-1, 4), "labels": labels}
 
 

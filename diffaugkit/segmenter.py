@@ -21,6 +21,7 @@ import torch
 from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
+from diffaugkit.arrays import strips
 from diffaugkit.base import Interval, StrOptions, _fit_context, all_or_nothing
 from diffaugkit.image_rows import to_unit
 from diffaugkit.pretrained_unet import PretrainedUNet
@@ -442,18 +443,21 @@ class DiffusionSegmenter(PretrainedUNet):
         order = np.argsort(self.classes_)
         known, out = self.classes_[order], []
         for row, mask in enumerate(masks):
-            position = np.searchsorted(known, mask).clip(max=len(known) - 1)
-            code = order[position].astype(np.uint8)
-            ignored = np.zeros(mask.shape, bool)
-            if self.ignore_label is not None:
-                ignored = mask == self.ignore_label
-            unknown = (known[position] != mask) & ~ignored
-            if unknown.any():
-                raise ValueError(
-                    f"The mask in row {row} holds the label {mask[unknown][0]}, which is not among "
-                    f"the classes {known.tolist()}: name it in classes=, or as ignore_label."
-                )
-            code[ignored] = IGNORED
+            code = np.empty(mask.shape, np.uint8)
+            for rows in strips(mask.shape):  # indices take eight bytes a pixel
+                part = mask[rows]
+                position = np.searchsorted(known, part).clip(max=len(known) - 1)
+                ignored = np.zeros(part.shape, bool)
+                if self.ignore_label is not None:
+                    ignored = part == self.ignore_label
+                unknown = (known[position] != part) & ~ignored
+                if unknown.any():
+                    raise ValueError(
+                        f"The mask in row {row} holds the label {part[unknown][0]}, which is not "
+                        f"among the classes {known.tolist()}: name it in classes=, or as "
+                        "ignore_label."
+                    )
+                code[rows] = np.where(ignored, IGNORED, order[position])
             out.append(code)
         return out
 

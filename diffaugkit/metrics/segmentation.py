@@ -30,7 +30,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import directed_hausdorff
 from sklearn.metrics import make_scorer, multilabel_confusion_matrix
 
-from diffaugkit.arrays import to_numpy
+from diffaugkit.arrays import strips, to_numpy
 
 # ------------------------------------------------------------------ classes per pixel
 
@@ -414,18 +414,25 @@ def label_instances(
     found = []
     for image in images:
         objects, n = np.zeros(image.shape, np.int32), 0
-        values, codes = np.unique(image, return_inverse=True)
-        codes = codes.reshape(image.shape) + 1
+        values = np.unique(image)
+        codes = np.empty(image.shape, np.int32)
+        for rows in strips(image.shape):  # indices take eight bytes a pixel
+            codes[rows] = np.searchsorted(values, image[rows]) + 1
         # Each label where it lies: many labels are no work on the whole image each.
         for code, place in enumerate(find_objects(codes), start=1):
             if values[code - 1] == 0:
                 continue
             regions, n_regions = label(codes[place] == code, structure)
-            objects[place] += np.where(regions > 0, regions + n, 0).astype(np.int32)
+            regions[regions > 0] += n
+            objects[place] += regions
             n += n_regions
-        kept = np.bincount(objects.ravel(), minlength=n + 1) >= max(1, min_size)
+        sizes = (np.bincount(objects[r].ravel(), minlength=n + 1) for r in strips(image.shape))
+        kept = sum(sizes, np.zeros(n + 1, int)) >= max(1, min_size)
         kept[0] = False
-        found.append(np.where(kept, np.cumsum(kept), 0).astype(np.int32)[objects])
+        numbers = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
+        for rows in strips(image.shape):
+            objects[rows] = numbers[objects[rows]]
+        found.append(objects)
     return stacked(found)
 
 
