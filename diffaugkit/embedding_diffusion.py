@@ -721,6 +721,8 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         """Refuse parts that do not fit the data, before any of them is trained."""
         if isinstance(self.denoiser, nn.Module):
             check_signature(self.denoiser, conditional)
+        else:
+            self._denoiser_name(rows.is_image)  # refuses one for other data
         if self.autoencoder is None:
             return
         if not rows.is_image:

@@ -282,7 +282,7 @@ def test_layers(truth, tmp_path):
     with pytest.raises(ValueError, match=r"layer='raw' is not in the AnnData.*counts"):
         check_X(PCA(), adata, reset=True, layer="raw")
     with pytest.raises(ValueError, match=r"no \.X.*counts"):
-        check_X(PCA(), ad.AnnData(layers={"counts": truth}), reset=True)
+        check_X(PCA(), ad.AnnData(shape=truth.shape, layers={"counts": truth}), reset=True)
 
 
 @settings(max_examples=25, deadline=None)
