@@ -90,7 +90,8 @@ class DiffusionSegmenter(PretrainedUNet):
         Height, width and channels of the images in the rows of a 2-D `X`; one entry may be -1.
     pretrain_epochs : int or "auto", default="auto"
         Epochs of the first phase; "auto" is the paper's 100, or as many as make 2 000 batches if
-        that is fewer, but at least 10.
+        that is fewer, but at least 10. More pay where there is time for them: 8 000 batches were
+        worth 7 to 13 points of the AJI of objects against none on GlaS.
     max_epochs : int or "auto", default="auto"
         Epochs of the second phase; "auto" is the paper's 150, or as many as make 1 000 batches.
     batch_size : int, default=8
