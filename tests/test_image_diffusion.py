@@ -325,7 +325,7 @@ def test_refusals(images, fitted):
 
     encoder = SelfSupervisedEncoder(max_epochs=1, callbacks=started)
     for widths in ((), (8, 0), [8, -2], (8, 16.0), ("a",)):
-        with pytest.raises(ValueError, match=r"block_out_channels.* integers of at least 1"):
+        with pytest.raises(ValueError, match=r"'block_out_channels' .* integers of at least 1"):
             tiny(encoder=encoder, block_out_channels=widths).fit(X)
     with pytest.raises(ValueError, match="power of two"):
         tiny(encoder=encoder, autoencoder=LatentAutoencoder(downsampling=3)).fit(X)

@@ -395,7 +395,7 @@ def test_no_bags(fitted, X):
 
 @pytest.mark.parametrize("sizes", [(0,), (-8,), (8.0,), ("8",)])
 def test_bad_layers(data, sizes):
-    with pytest.raises(ValueError, match=r"hidden_sizes.* integers of at least 1"):
+    with pytest.raises(ValueError, match=r"'hidden_sizes' .* integers of at least 1"):
         tiny(hidden_sizes=sizes).fit(*data)
 
 

@@ -356,7 +356,8 @@ def test_relatives_of_the_transformer_have_a_cls_token_too():
     if hasattr(xcit, "num_prefix_tokens"):  # of newer timm
         assert patch_size(xcit) == (8, 8)
         torch.testing.assert_close(image_features(xcit, x, "cls"), xcit(x))
-        with pytest.raises(ValueError, match="'last_n' needs the CLS token of several blocks"):
+        message = "features='last_n' needs the CLS token of several blocks"
+        with pytest.raises(ValueError, match=message):
             image_features(xcit, x, "last_n")
     with pytest.raises(ValueError, match="cannot take images of shape"):
         feature_width(seeded(timm.models.Beit, **small), (24, 24, 3))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import PIL
 import pytest
 import tifffile
 import torch
@@ -658,11 +659,11 @@ def test_tiff_of_other_inks_depths_and_resolutions(tmp_path):
     assert open_slide(path).mpp is None
 
 
-@pytest.mark.parametrize(
-    ("mode", "compression"),
-    [("P", None), ("P", "tiff_lzw"), ("YCbCr", "tiff_lzw")],  # older Pillow cuts plain YCbCr off
-)
+@pytest.mark.parametrize("mode", ["P", "YCbCr"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 def test_tiff_of_palettes_and_other_colours(mode, compression, tmp_path):
+    if mode == "YCbCr" and compression is None and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow before 13 cannot read the plain YCbCr that it writes")
     image = Image.fromarray(np.full((32, 64, 3), PINK, np.uint8))
     options = {"palette": Image.Palette.ADAPTIVE} if mode == "P" else {}
     image.convert(mode, **options).save(tmp_path / "s.tif", compression=compression)
