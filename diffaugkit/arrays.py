@@ -1,12 +1,16 @@
 """Arrays from tensors and from images of any layout, and checks of labels and of groups."""
 
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+
+# What calls us on behalf of a caller: wrappers of methods, model selection, decorators.
+_BETWEEN = {"diffaugkit", "sklearn", "joblib", "torch", "contextlib", "functools"}
 
 
 def to_numpy(X):
@@ -69,6 +73,17 @@ def some(names):
     names = [str(name) for name in names]
     more = f", ... and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
+
+
+def warn(message, category=UserWarning):
+    """Warn of the line that called the library, whatever lies between: our files, scikit-learn's.
+
+    A warning is shown once for each line, and that line is where its reader can change something.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def channel_last(images: Any, image_shape: Sequence[int] | None = None) -> np.ndarray:

@@ -16,7 +16,6 @@ full synthetic ``replace_real=True``
 """
 
 import copy
-import warnings
 from dataclasses import asdict
 from numbers import Integral, Real
 
@@ -30,7 +29,7 @@ from sklearn.utils import gen_batches
 from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from diffaugkit.arrays import check_groups, many_classes, some
+from diffaugkit.arrays import check_groups, many_classes, some, warn
 from diffaugkit.base import (
     HasMethods,
     Interval,
@@ -352,8 +351,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
 
         # What can be refused is refused before minutes of training.
         self._fit(X, y, check)
-        # Two decorators stand between this method and its caller, whose line a warning names.
-        return self._resample(X, y, groups, depth=6)
+        return self._resample(X, y, groups)
 
     def resample(self, X, y, *, groups=None):
         """Augment a labelled set with the generator as it was fitted, on this set or another.
@@ -371,7 +369,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         """
         check_is_fitted(self, "diffusion_")
         self._validate_params()
-        return self._resample(X, y, groups, depth=4)
+        return self._resample(X, y, groups)
 
     @property
     def quality_report_(self):
@@ -454,7 +452,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         after = [wanted[name] + (0 if self.replace_real else size) for name, size in sizes.items()]
         return (np.maximum(after, 1) / np.maximum(list(sizes.values()), 1))[targets.codes]
 
-    def _resample(self, X, y, groups, depth):
+    def _resample(self, X, y, groups):
         import pandas as pd
 
         generator = self._generator()
@@ -469,7 +467,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         plans = self._plan(targets, groups, wanted)
         found, counts = self._generate(views, targets, plans, wanted)
         made, table = found["made"], pd.DataFrame({name: found[name] for name in _PROVENANCE})
-        self._warn(wanted, counts, table, depth)
+        self._warn(wanted, counts, table)
 
         n = 0 if self.replace_real else len(rows)
         indices = np.append(np.arange(n), found["source"]).astype(np.int64)
@@ -573,7 +571,7 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
         found |= dict(zip(_PROVENANCE, joined[4:], strict=True))
         return {name: values[order] for name, values in found.items()}, counts
 
-    def _warn(self, wanted, counts, table, depth):
+    def _warn(self, wanted, counts, table):
         short = {name: c for name, c in counts.items() if c["accepted"] < wanted[name]}
         if short:
             shown = some(
@@ -581,22 +579,19 @@ class GenerativeAugmenter(OneToOneFeatureMixin, TorchEstimator):
                 f"with another label, {c['copies']} copies)"
                 for name, c in short.items()
             )
-            warnings.warn(
+            warn(
                 f"{len(short)} of {len(wanted)} classes got fewer samples than wanted: {shown}. "
                 "More attempts (max_attempts), a longer training of the diffusion model or a lower "
                 "min_confidence give more.",
                 ConvergenceWarning,
-                stacklevel=depth,
             )
         ratio = table["copy_ratio"].median() if len(table) else 1.0
         if ratio < NEAR_COPY:
-            warnings.warn(
+            warn(
                 f"Half of the generated samples have a copy ratio below {ratio:.2f} (near-copies: "
                 f"below {NEAR_COPY}): they repeat real samples and add little. Train the diffusion "
                 "model for fewer epochs or on more data, give it condition_noise or an encoder of "
-                "fewer dimensions, or raise min_copy_ratio.",
-                UserWarning,
-                stacklevel=depth,
+                "fewer dimensions, or raise min_copy_ratio."
             )
 
     def _make_report(self, views, found, targets):

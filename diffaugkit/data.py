@@ -15,7 +15,7 @@ from sklearn.utils import assert_all_finite
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import check_array, check_non_negative, validate_data
 
-from diffaugkit.arrays import some, to_numpy
+from diffaugkit.arrays import some, to_numpy, warn
 from diffaugkit.image_inputs import check_image_shape, is_a, reading_range, rows_of_images
 from diffaugkit.image_rows import ImageRows, resolve_image_shape
 from diffaugkit.rows import BackedRows, DenseRows, Rows, SparseRows
@@ -292,13 +292,11 @@ def warn_if_dim(estimator, parts, scale):
     if not 0 < high - low < _LEAST_SPAN * (scale[1] - scale[0]):
         return
     largest = 2 ** int(high).bit_length() - 1 if isinstance(scale[1], int) else high
-    warnings.warn(
+    warn(
         f"The pixels of X lie between {low:g} and {high:g}, a small part of their scale, which is "
         f"{scale[0]:g} to {scale[1]:g}: for {type(estimator).__name__} such images are nearly one "
         "colour, and generated ones become noise. Divide by the largest value that your camera "
-        f"gives, as X / {largest:g}, now and wherever the model is used.",
-        UserWarning,
-        stacklevel=2,
+        f"gives, as X / {largest:g}, now and wherever the model is used."
     )
 
 

@@ -15,7 +15,6 @@ mIoU (table XV)         ``metrics.mean_box_iou``
 """
 
 import math
-import warnings
 from numbers import Integral, Real
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
+from diffaugkit.arrays import warn
 from diffaugkit.base import Interval, StrOptions, _fit_context, all_or_nothing
 from diffaugkit.detection_boxes import flip_boxes, patch_targets, read_boxes
 from diffaugkit.detection_head import (
@@ -439,11 +439,9 @@ class DiffusionDetector(PretrainedUNet):
         # How likely a place lies in a box, wherever it is.
         missed = 1 - np.minimum(sides / stride, 1).prod(axis=1).mean()
         if missed > _MOST_MISSED:
-            warnings.warn(
+            warn(
                 f"At head_stride={stride} about {missed:.0%} of the boxes lie between the places "
-                "that predict one, and are learned as background: give a smaller head_stride.",
-                UserWarning,
-                stacklevel=5,
+                "that predict one, and are learned as background: give a smaller head_stride."
             )
         return int(stride)
 

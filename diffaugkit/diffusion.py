@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diffaugkit.arrays import warn
 from diffaugkit.losses import min_snr_weight, p2_weight
 
 __all__ = ["Diffusion", "RowNoise", "classifier_free", "row_noise", "sample_in_batches"]
@@ -96,12 +97,10 @@ class Diffusion(nn.Module):
         betas = _betas(n_timesteps, beta_schedule, beta_start, beta_end)
         alpha_bar = torch.cumprod(1.0 - betas, dim=0)
         if alpha_bar[-1] > 0.05:
-            warnings.warn(
+            warn(
                 f"the last of the {n_timesteps} noise levels still holds "
                 f"{math.sqrt(alpha_bar[-1]):.0%} of the sample's amplitude, but sampling starts "
-                "from pure noise: raise beta_end, or leave beta_start and beta_end at None.",
-                UserWarning,
-                stacklevel=2,
+                "from pure noise: raise beta_end, or leave beta_start and beta_end at None."
             )
         snr = alpha_bar / (1.0 - alpha_bar)
         levels = torch.stack([alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()], dim=1)

@@ -24,14 +24,13 @@ tau_t        ``teacher_temp``
 
 import math
 import os
-import warnings
 from numbers import Integral, Real
 
 import numpy as np
 import torch
 from sklearn.utils.validation import check_is_fitted
 
-from diffaugkit.arrays import check_groups
+from diffaugkit.arrays import check_groups, warn
 from diffaugkit.base import (
     Interval,
     Options,
@@ -871,12 +870,11 @@ def _warn_of_collapse(history, method):
     spread, entropy = last.get("feature_spread", 1.0), last.get("teacher_entropy", 0.5)
     if spread >= _LEAST_SPREAD and entropy < 0.995:
         return
-    warnings.warn(
+    warn(
         f"{method} collapsed: the embeddings of different samples are nearly the same "
         f"(feature_spread {spread:.3f}, 1 is best"
         + (f"; teacher_entropy {entropy:.3f} of its largest" if "teacher_entropy" in last else "")
         + "). Try a lower learning_rate, more samples in a batch, a smaller out_dim, momentum "
         "closer to 1, or weaker augmentation.",
         CollapseWarning,
-        stacklevel=4,
     )

@@ -6,12 +6,11 @@ keeps of it all beside the network.
 """
 
 import math
-import warnings
 
 import numpy as np
 import torch
 
-from diffaugkit.arrays import check_groups
+from diffaugkit.arrays import check_groups, warn
 from diffaugkit.augmentations import (
     ImageViews,
     image_recipe,
@@ -397,15 +396,13 @@ def _warn_of_far_rows(inputs):
     lengths = inputs[looked_at].double().square().sum(dim=1) / inputs.shape[1]
     usual, far = float(lengths.quantile(0.95)), int(lengths.argmax())
     if usual < 0.01 and lengths[far] > 0:  # all are 0 where nothing varies
-        warnings.warn(
+        warn(
             "95 % of the samples lie within a tenth of the root mean square distance from the "
             "mean, so that a few far ones decide what all others look like (of those looked at, "
             f"row {looked_at[far]} is the farthest, at {float(lengths[far]) ** 0.5:.3g} times that "
             "distance). Drop them if they are errors or codes for missing values; where the "
             "features have long tails, take logarithms or put "
-            "sklearn.preprocessing.RobustScaler or QuantileTransformer in front.",
-            UserWarning,
-            stacklevel=2,
+            "sklearn.preprocessing.RobustScaler or QuantileTransformer in front."
         )
 
 

@@ -18,7 +18,6 @@ class centroids     ``centroids_``, of real samples alone
 
 import copy
 import math
-import warnings
 from numbers import Integral, Real
 
 import numpy as np
@@ -32,7 +31,7 @@ from sklearn.utils import check_array, column_or_1d
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch.nn import functional as F
 
-from diffaugkit.arrays import some
+from diffaugkit.arrays import some, warn
 from diffaugkit.augmenter import GenerativeAugmenter, sampler_report
 from diffaugkit.autoencoder import LatentAutoencoder, _feature_distance, _features
 from diffaugkit.base import (
@@ -950,12 +949,10 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
 
     def _warn(self, table, ratio):
         if ratio < NEAR_COPY:
-            warnings.warn(
+            warn(
                 f"Half of the generated samples have a copy ratio below {ratio:.2f} "
                 f"(near-copies: below {NEAR_COPY}): they repeat real samples and add little. "
-                "Train the generator on more samples that need no labels, or for fewer epochs.",
-                UserWarning,
-                stacklevel=6,
+                "Train the generator on more samples that need no labels, or for fewer epochs."
             )
         short = [row for row in table if row["kept"] < row["wanted"]]
         if not short:
@@ -965,12 +962,11 @@ class HistoDiffusionAugmenter(OneToOneFeatureMixin, TorchEstimator):
             "candidates"
             for row in short
         )
-        warnings.warn(
+        warn(
             f"{len(short)} of {len(table)} classes got fewer samples than wanted, as too few were "
             f"nearest to the centroid of their class: {shown}. A larger guidance_scale or "
             "n_candidates, a longer training of the generator, or selection='random' give more.",
             ConvergenceWarning,
-            stacklevel=6,
         )
 
     def __sklearn_tags__(self):  # noqa: D105

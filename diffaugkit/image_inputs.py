@@ -1,12 +1,12 @@
 """Which container of images X is, and on which scale its pixels are read after ``fit``."""
 
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
 
+from diffaugkit.arrays import warn
 from diffaugkit.image_files import DatasetRows, FileImageRows, ShardRows, list_images
 from diffaugkit.image_rows import ImageRows
 from diffaugkit.rows import Rows
@@ -278,5 +278,5 @@ def reading_range(name, rows, known):
     largest = max(abs(low), abs(high))
     if outside or 0 < largest < _LEAST_SHARE * max(map(abs, known)):
         # Other scales have no bounds of their own, and dark images are no mistake.
-        warnings.warn(f"{message}. Is it the same scale?", UserWarning, stacklevel=2)
+        warn(f"{message}. Is it the same scale?")
     return known

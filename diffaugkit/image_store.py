@@ -9,12 +9,12 @@ is written beside them, so that a store of another generator is refused instead 
 import contextlib
 import itertools
 import json
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from diffaugkit.arrays import warn
 from diffaugkit.persistence import ModelFileError, read_folder, write_folder
 from diffaugkit.rows import Rows
 from diffaugkit.runtime import process_rank
@@ -155,7 +155,7 @@ def _is_whole(path, settings):
     except ModelFileError as error:
         if isinstance(error.__cause__, OSError):
             raise  # a disk that does not answer, which is no damage
-        warnings.warn(f"{error}: the shard is generated again.", UserWarning, stacklevel=3)
+        warn(f"{error}: the shard is generated again.")
         for file in path.iterdir():
             file.unlink(missing_ok=True)  # by another process
         return False

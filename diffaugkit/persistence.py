@@ -30,7 +30,6 @@ import secrets
 import stat
 import struct
 import sys
-import warnings
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path, PurePath
@@ -41,6 +40,8 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.frozen import FrozenEstimator
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffaugkit.arrays import warn
 
 try:
     import fcntl
@@ -475,7 +476,7 @@ def _cannot_save(value, where):
 
 def _warn_not_saved(where, value):
     kind = type(value).__name__
-    warnings.warn(f"{where} ({kind}) is not saved: set it again after loading", stacklevel=2)
+    warn(f"{where} ({kind}) is not saved: set it again after loading")
 
 
 def _is_state(name, cls):

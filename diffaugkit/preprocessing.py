@@ -1,6 +1,5 @@
 """From raw counts of single cells to the values that the other estimators expect."""
 
-import warnings
 from functools import partial
 from numbers import Integral, Real
 
@@ -11,7 +10,7 @@ from sklearn.utils import check_array, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from diffaugkit.arrays import to_numpy
+from diffaugkit.arrays import to_numpy, warn
 from diffaugkit.data import check_X, keep_names_of_rows, sample_range, unchanged_on_failure
 from diffaugkit.rows import MappedRows
 
@@ -641,12 +640,10 @@ class CellPreprocessor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _rows(self, X, *, reset, **limits):
         rows = check_X(self, X, reset=reset, layer=self.layer, ensure_non_negative=True, **limits)
         if sample_range(rows)[2] < 1:
-            warnings.warn(
+            warn(
                 f"{type(self).__name__} expects raw counts, but X holds values that are not whole "
                 "numbers. If X is normalised already, leave this step out; if the counts are in a "
-                "layer of the AnnData, name it: layer='counts'.",
-                UserWarning,
-                stacklevel=3 if reset else 5,  # two wrappers are around transform
+                "layer of the AnnData, name it: layer='counts'."
             )
         return rows
 

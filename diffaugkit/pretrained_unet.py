@@ -6,7 +6,6 @@ groups, the network, and its pre-training by denoising or one of the paper's oth
 
 import copy
 import os
-import warnings
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from diffaugkit.arrays import check_groups
+from diffaugkit.arrays import check_groups, warn
 from diffaugkit.base import HasMethods, Interval, StrOptions, TorchEstimator, Widths, described
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X, warn_if_dim
@@ -160,12 +159,10 @@ class PretrainedUNet(TorchEstimator):
         )
         network = module if validation is None else module.restore()
         if validation is not None and module.best_score == 0:
-            warnings.warn(
+            warn(
                 "No epoch found any object of the held-out images, so that they cannot tell which "
                 "is best: the last one is kept. More epochs, more images with labels, or "
-                "validation_fraction=0 may help.",
-                UserWarning,
-                stacklevel=7,
+                "validation_fraction=0 may help."
             )
         return network.eval(), [{"phase": "finetuning", **row} for row in history]
 
@@ -302,11 +299,7 @@ class PretrainedUNet(TorchEstimator):
             why = f"None of {held} shows an object, so that they tell nothing of an epoch"
             if shows.any():
                 why = f"All images that show an object are among {held}"
-            warnings.warn(
-                f"{why}: nothing is held out, and the last epoch is kept.",
-                UserWarning,
-                stacklevel=5,
-            )
+            warn(f"{why}: nothing is held out, and the last epoch is kept.")
             return np.arange(n), None
         return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 

@@ -6,9 +6,10 @@ import math
 import os
 import threading
 import time
-import warnings
 
 import torch
+
+from diffaugkit.arrays import warn
 
 __all__ = [
     "SharedCores",
@@ -348,14 +349,13 @@ class SharedCores:
         self._start = None
         share = running / passed
         if share < _LEAST_SHARE and interruptions > _MOST_INTERRUPTIONS * passed:
-            warnings.warn(
+            warn(
                 f"Other work on the cores of this machine leaves the fit {share:.0%} of one, "
                 f"and torch's {torch.get_num_threads()} threads hold one another up. With one "
                 "thread it would be several times as fast: set OMP_NUM_THREADS=1 (with scanpy also "
                 "NUMBA_NUM_THREADS=1, as numba raises torch's number) before Python starts, or "
                 "call torch.set_num_threads(1) right before the fit.",
                 RuntimeWarning,
-                stacklevel=3,
             )
 
 

@@ -11,7 +11,6 @@ import importlib
 import math
 import os
 import threading
-import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -22,6 +21,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from diffaugkit.arrays import warn
 from diffaugkit.image_files import _bits, _n_frames, _pillow
 
 __all__ = ["Slide", "open_slide", "read_box", "thumbnail"]
@@ -497,11 +497,9 @@ def _mapped_tiff(path):
 
 def _warn_of_pages(path, n):
     if n > 1:
-        warnings.warn(
+        warn(
             f"{path} holds {n} pages or frames, of which the first is the slide: save another one "
-            "as a file of its own, or read it with tifffile.imread and give the array.",
-            UserWarning,
-            stacklevel=2,
+            "as a file of its own, or read it with tifffile.imread and give the array."
         )
 
 

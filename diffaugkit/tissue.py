@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import warnings
 from collections import Counter
 from functools import partial
 from numbers import Integral, Real
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from diffaugkit.arrays import refuse_missing, refuse_mixed, some
+from diffaugkit.arrays import refuse_missing, refuse_mixed, some, warn
 from diffaugkit.image_files import _capital, _DecodedRows, _unreadable
 from diffaugkit.segmentation_data import tile_starts
 from diffaugkit.slides import NEAR, Slide, open_slide, read_box, thumbnail
@@ -376,7 +375,7 @@ class TissueTiles(_DecodedRows):
         )
         if len(blank) == len(self._slides):
             raise ValueError(f"{said}. {fix}")
-        warnings.warn(f"{said}: left out. {fix}", UserWarning, stacklevel=3)
+        warn(f"{said}: left out. {fix}")
 
 
 class _Positions:

@@ -680,8 +680,9 @@ def test_spread():
 
 def test_collapse_is_announced(X):
     same = np.full_like(X, 7)
-    with pytest.warns(CollapseWarning, match="simsiam collapsed"):
+    with pytest.warns(CollapseWarning, match="simsiam collapsed") as seen:
         tiny("simsiam").fit(same)
+    assert [warning.filename for warning in seen] == [__file__]
 
 
 # ---- scikit-learn's own checks -------------------------------------------------------------------
@@ -703,9 +704,11 @@ def test_images_of_another_scale_than_an_unusual_one_are_warned_of():
     rng = np.random.default_rng(0)
     X = rng.uniform(0, 16, (12, 8, 8)).astype(np.float32)
     encoder = SelfSupervisedEncoder("simclr", max_epochs=1, batch_size=6).fit(X)
+    message = r"fitted on floats from .* Is it the same scale\?"
     for other in (X / 255, X * 255 / 16):
-        with pytest.warns(UserWarning, match=r"fitted on floats from .* Is it the same scale\?"):
+        with pytest.warns(UserWarning, match=message) as seen:
             encoder.transform(other)
+        assert seen[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder.transform(X * 1.2)

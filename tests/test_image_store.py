@@ -76,8 +76,9 @@ def test_a_damaged_shard_is_made_again(tmp_path, damage):
         content[-3] ^= 1
         file.write_bytes(content if damage == "flip a bit" else content[:-8])
     again = Generator()
-    with pytest.warns(UserWarning, match="shard is generated again"):
+    with pytest.warns(UserWarning, match="shard is generated again") as seen:
         samples = stored_samples(tmp_path, N, again, SETTINGS, shard_size=5)
+    assert seen[0].filename == __file__
     assert [rows[0] for rows in again.asked] == [10]
     assert torch.equal(samples, expected())
 

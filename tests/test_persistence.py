@@ -391,6 +391,7 @@ def test_what_is_left_out_warns(tmp_path):
         "Toy.random_state",
         "Toy.encoder.random_state",
     }
+    assert {w.filename for w in found} == {__file__}
     back = load(tmp_path)
     assert (back.callbacks, back.random_state, back.encoder.random_state) == (None, None, None)
     with warnings.catch_warnings():

@@ -36,6 +36,14 @@ def cells(counts):
     return ad.AnnData(counts[0], var=pd.DataFrame(index=names)), counts[1]
 
 
+def test_warnings_name_the_line_of_the_caller_through_scikit_learn(counts):
+    X, y = np.log1p(counts[0]), counts[1]
+    model = make_pipeline(CellPreprocessor(n_top_genes=40), KNeighborsClassifier())
+    with pytest.warns(UserWarning, match="expects raw counts") as seen:
+        cross_val_score(model, X, y, cv=2)
+    assert {warning.filename for warning in seen} == {__file__}
+
+
 @pytest.mark.parametrize("n_jobs", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_grid_search_over_the_whole_way(counts, n_jobs):
     X, y = counts

@@ -763,8 +763,10 @@ def test_names_of_slides_are_of_one_kind():
 def test_pages_beside_the_first_are_warned_of(tmp_path, suffix):
     pages = [Image.fromarray(GOOD), Image.fromarray(255 - GOOD)]
     pages[0].save(tmp_path / f"s.{suffix}", save_all=True, append_images=pages[1:])
-    with pytest.warns(UserWarning, match=r"s\.\w+ holds 2 pages or frames, of which the first"):
+    message = r"s\.\w+ holds 2 pages or frames, of which the first"
+    with pytest.warns(UserWarning, match=message) as seen:
         tiles = TissueTiles([tmp_path / f"s.{suffix}"], 16, tissue_threshold=None)
+    assert seen[0].filename == __file__
     if suffix != "gif":  # which has 256 colours
         np.testing.assert_array_equal(tiles[[0]][0].permute(1, 2, 0), GOOD[:16, :16])
 

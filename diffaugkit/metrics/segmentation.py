@@ -17,7 +17,6 @@ objects from classes. Macro F1 and AUC are scikit-learn's.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -30,7 +29,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import directed_hausdorff
 from sklearn.metrics import make_scorer, multilabel_confusion_matrix
 
-from diffaugkit.arrays import strips, to_numpy
+from diffaugkit.arrays import strips, to_numpy, warn
 
 # ------------------------------------------------------------------ classes per pixel
 
@@ -868,11 +867,9 @@ def _confusion(y_true, y_pred, labels, ignore_label):
         elif len(labels) == 2:
             labels = labels[1:]
         elif len(labels) == 1:
-            warnings.warn(
+            warn(
                 f"All samples are of one class, {labels.tolist()[0]!r}, which counts as the "
-                "positive one: say which is, labels=[...].",
-                UserWarning,
-                stacklevel=3,
+                "positive one: say which is, labels=[...]."
             )
     if np.isin(labels, np.union1d(true, predicted)).any():
         return multilabel_confusion_matrix(true, predicted, labels=labels)
@@ -948,7 +945,7 @@ def _matched(score, y_true, y_pred, labels, many_to_one, average, ignore_label):
 def _over_objects(score, y_true, y_pred, average):
     values, pairs = [], _image_pairs(y_true, y_pred)
     for name, masks in zip(("y_true", "y_pred"), zip(*pairs, strict=True), strict=True):
-        check_objects(masks, name, stacklevel=4)
+        check_objects(masks, name)
     for true, predicted in pairs:
         values.append(score(*_touching(true, predicted)))
     values = np.array(values, dtype=float)
@@ -975,7 +972,7 @@ def _touching(true, predicted):
     return pairs, t_sizes, p_sizes
 
 
-def check_objects(masks, name, *, stacklevel=3):
+def check_objects(masks, name):
     """Refuse bool masks, and warn of masks of one label, where numbers of objects are needed.
 
     Parameters
@@ -984,8 +981,6 @@ def check_objects(masks, name, *, stacklevel=3):
         Masks of a set of images.
     name : str
         What the caller calls them.
-    stacklevel : int, default=3
-        Of the warning.
     """
     if any(mask.dtype == bool for mask in masks):
         raise ValueError(
@@ -996,11 +991,9 @@ def check_objects(masks, name, *, stacklevel=3):
     labels = {int(value) for found in inside for value in (found.min(), found.max())}
     # As label_instances joins pixels.
     if len(labels) == 1 and any(label(mask != 0, np.ones((3, 3)))[1] > 1 for mask in masks):
-        warnings.warn(
+        warn(
             f"{name} has no label but {labels.pop()}, whose separate regions count as one object: "
-            f"label_instances({name}) numbers them.",
-            UserWarning,
-            stacklevel=stacklevel,
+            f"label_instances({name}) numbers them."
         )
 
 
