@@ -44,6 +44,7 @@ from diffaugkit.data import check_X, keep_names_of_rows
 from diffaugkit.diffusion import sample_in_batches
 from diffaugkit.encoder_fits import (
     ImageFit,
+    PretrainedAsItIs,
     VectorFit,
     auto_queue,
     has_map,
@@ -59,6 +60,7 @@ from diffaugkit.networks import (
     ImageEmbedder,
     class_attention,
     feature_width,
+    is_hub_name,
     make_backbone,
     mlp_head,
     patch_tokens,
@@ -73,6 +75,7 @@ from diffaugkit.objectives import (
     SimSiamObjective,
     SoftContrastiveObjective,
 )
+from diffaugkit.runtime import progress_bar
 from diffaugkit.training import auto_epochs
 
 __all__ = ["SelfSupervisedEncoder", "linear_space", "project_rows"]
@@ -164,10 +167,13 @@ class SelfSupervisedEncoder(TorchTransformer):
         What of the backbone is the embedding: its own output ("auto"), the CLS token, the mean of
         patch tokens or maps, or the CLS tokens of the last blocks side by side.
     pretrained : str, path-like or None, default=None
-        Weights of the backbone to begin with: a local file (safetensors, or a state dict, which is
-        read without running code of it), or a tag of timm's, such as ``"dino"``; downloaded. Every
-        backbone sees pixels in [-1, 1]: the mean and deviation by which some weights were trained
-        are not applied, the fit makes up for it.
+        Weights of the backbone to begin with. A tag of timm's for `backbone`, such as ``"dino"``,
+        which is downloaded. ``"hf-hub:owner/name"``, a model of timm on the Hugging Face Hub (most
+        foundation models of pathology are: ``"hf-hub:MahmoodLab/UNI"``), or
+        ``"local-dir:folder"``, a folder with its ``config.json`` and weights; these name the
+        architecture, too, and `backbone` stays "auto". Or a local file (safetensors, or a state
+        dict, which is read without running code of it). Pixels are scaled by the mean and
+        deviation that a tag or a hub's model tells; with a file of weights they are in [-1, 1].
     out_dim : int or "auto", default="auto"
         Prototypes of DINO's head. "auto" is the power of two next to the number of samples, from
         256 to the paper's 65 536, so that there are about as many prototypes as samples.
@@ -246,7 +252,8 @@ class SelfSupervisedEncoder(TorchTransformer):
         Layer of an AnnData to read instead of ``.X``.
     max_epochs : int or "auto", default="auto"
         Passes over the data. "auto" is as many as make 1 000 batches, but at least 10 and at most
-        330, DiffAug's E-step: large data need fewer passes.
+        330, DiffAug's E-step: large data need fewer passes. 0 keeps the weights of `pretrained`, or
+        of a module as `backbone`, as they are: a foundation model as an encoder of this library.
     batch_size : int, default=300
         At least 2; DiffAug's. Other rows of the batch are the negatives; where several processes
         train together, those of a process's own share of it, and MoCo's queue takes the keys of the
@@ -333,7 +340,7 @@ class SelfSupervisedEncoder(TorchTransformer):
         "weight_decay": [Interval(Real, 0, None, closed="left"), StrOptions({"auto"}), tuple, list],
         "warm_start": ["boolean"],
         "layer": [str, None],
-        "max_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "max_epochs": [Interval(Integral, 0, None, closed="left"), StrOptions({"auto"})],
         "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
         "image_shape": [tuple, list, None],
         "augmentation": [str, dict, callable],
@@ -347,7 +354,7 @@ class SelfSupervisedEncoder(TorchTransformer):
         "method_options": [dict, None],
     }
     # "_n_embedding" is in models of images saved until November 2026.
-    _extra_state = ("_layout", "_n_embedding", "_pixel_range")
+    _extra_state = ("_layout", "_n_embedding", "_pixel_range", "_source")
 
     def __init__(
         self,
@@ -489,6 +496,10 @@ class SelfSupervisedEncoder(TorchTransformer):
                 f"positives of shape {tuple(positives.shape)} is one set of views: give a list of "
                 "sets, positives=[views]."
             )
+        if self.max_epochs == 0:
+            self._check_as_it_is(images, positives, interpolations)
+            state = PretrainedAsItIs(self, rows, self._seed())
+            return self._set_fitted(state, state.module, [])
         state = self._prepare(
             rows, positives, interpolations=interpolations, groups=groups, seed=self._seed()
         )
@@ -577,7 +588,10 @@ class SelfSupervisedEncoder(TorchTransformer):
             If the backbone is no vision transformer, or has no such block.
         """
         inputs = self._check_images(X, "attention_maps")
-        return self._run(inputs, lambda x: class_attention(self.module_.backbone, x, layer))
+        network = self.module_
+        return self._run(
+            inputs, lambda x: class_attention(network.backbone, network.pixels(x), layer)
+        )
 
     def patch_tokens(self, X):
         """Features of the patches, of a vision transformer.
@@ -597,7 +611,8 @@ class SelfSupervisedEncoder(TorchTransformer):
             If the backbone is no vision transformer.
         """
         inputs = self._check_images(X, "patch_tokens")
-        return self._run(inputs, lambda x: patch_tokens(self.module_.backbone, x))
+        network = self.module_
+        return self._run(inputs, lambda x: patch_tokens(network.backbone, network.pixels(x)))
 
     def score(self, X, y):
         """Cross-validated accuracy with which 10 nearest neighbours in y predict the labels.
@@ -679,12 +694,34 @@ class SelfSupervisedEncoder(TorchTransformer):
         if self.learning_rate != "auto":
             return self.learning_rate
         small = isinstance(self.backbone, str) and self.backbone in ("auto", "mlp", "small_resnet")
+        small = small and not is_hub_name(self.pretrained)
         return 2e-3 if small else 5e-4 * batches.batch_size / 256
 
     def _option(self, name):
         return {**_METHOD_OPTIONS, **(self.method_options or {})}[name]
 
+    def _check_as_it_is(self, images, positives, interpolations):
+        given = self.pretrained is not None or isinstance(self.backbone, torch.nn.Module)
+        if not (images and given):
+            raise ValueError(
+                "max_epochs=0 keeps the weights of pretrained=, or of a module as backbone, of "
+                "images, but there are none: random weights embed nothing. Give max_epochs of at "
+                "least 1, or 'auto'."
+            )
+        if self.n_components != "auto":
+            raise ValueError(
+                f"max_epochs=0 trains no layer from the backbone's features to n_components="
+                f"{self.n_components}: leave it at 'auto', and put a PCA behind."
+            )
+        if positives is not None or interpolations is not None:
+            raise ValueError("max_epochs=0 learns nothing from positives and interpolations.")
+
     def _check_options(self):
+        if is_hub_name(self.pretrained) and self.backbone != "auto":
+            raise ValueError(
+                f"pretrained={self.pretrained!r} names the architecture, too: leave backbone at "
+                f"'auto', got {self.backbone!r}."
+            )
         given = self.method_options or {}
         if unknown := sorted(set(given) - set(_METHOD_OPTIONS)):
             raise ValueError(
@@ -710,7 +747,8 @@ class SelfSupervisedEncoder(TorchTransformer):
 
     def _build(self):
         if self.image_shape_ is not None:
-            return self._make_image_network(self.image_shape_, self.out_dim_, load=False)
+            source = getattr(self, "_source", None)  # models saved before have none
+            return self._make_image_network(self.image_shape_, self.out_dim_, source, load=False)
         n_inputs = self.n_features_in_ if self.components_ is None else len(self.components_)
         return self._make_network(n_inputs, self.out_dim_)
 
@@ -728,10 +766,12 @@ class SelfSupervisedEncoder(TorchTransformer):
             head=None if has_map(method, None) else self._make_head(method, width, out_dim),
         )
 
-    def _make_image_network(self, shape, out_dim, load=True):
+    def _make_image_network(self, shape, out_dim, source=None, load=True):
         method = self._method(images=True)
         backbone = self.backbone
-        if isinstance(backbone, str) and backbone == "auto":
+        if is_hub_name(self.pretrained):
+            backbone = source["architecture"]
+        elif isinstance(backbone, str) and backbone == "auto":
             backbone = "small_resnet"
         if isinstance(backbone, str) and backbone == "mlp":
             raise ValueError(
@@ -740,14 +780,18 @@ class SelfSupervisedEncoder(TorchTransformer):
                 "a 2-D array without image_shape."
             )
         drop_path = self._option("drop_path") if method == "dino" else 0.0
-        backbone = make_backbone(
-            backbone, shape, pretrained=self.pretrained, drop_path=drop_path, load=load
-        )
+        options = {"pretrained": self.pretrained, "load": load, "source": source}
+        backbone = make_backbone(backbone, shape, drop_path=drop_path, **options)
         n_last = self._option("n_last")
         n_features = feature_width(backbone, shape, self.features, n_last)
         n_components = None if self.n_components == "auto" else self.n_components
         head = self._make_head(method, n_components or n_features, out_dim)
-        return ImageEmbedder(backbone, n_features, n_components, head, self.features, n_last)
+        # Images come in [-1, 1], but their scale is told for [0, 1].
+        scale = source and (
+            [2 * mean - 1 for mean in _per_channel(source["mean"], shape[2])],
+            [2 * std for std in _per_channel(source["std"], shape[2])],
+        )
+        return ImageEmbedder(backbone, n_features, n_components, head, self.features, n_last, scale)
 
     def _make_head(self, method, width, out_dim):
         """From the embedding to what the loss compares; sizes as in the papers, per its width."""
@@ -856,13 +900,22 @@ class SelfSupervisedEncoder(TorchTransformer):
                 x = inputs[index].to(device)
                 if self.image_shape_ is not None:
                     x = to_unit(x, inputs.pixel_range)
-                return fn(x).float().cpu()
+                y = fn(x).float().cpu()
+            bar.update(min(size, bar.total - bar.n))  # the last batch is filled up
+            return y
 
-        return sample_in_batches(run, len(inputs), size).numpy()
+        silent = {"leave": False, "delay": 2}
+        with progress_bar(self.verbose, len(inputs), "embedding", "row", **silent) as bar:
+            return sample_in_batches(run, len(inputs), size).numpy()
 
     @property
     def _n_features_out(self):
         return self.module_.n_components
+
+
+def _per_channel(values, channels):
+    """Values of as many channels as there are; their mean for all where they are others."""
+    return values if len(values) == channels else [sum(values) / len(values)]
 
 
 def _warn_of_collapse(history, method):

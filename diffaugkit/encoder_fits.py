@@ -22,11 +22,11 @@ from diffaugkit.batches import make_batches, take
 from diffaugkit.data import check_X
 from diffaugkit.decomposition import PrincipalComponents, principal_components
 from diffaugkit.image_rows import to_unit
-from diffaugkit.networks import feature_width, patch_size
+from diffaugkit.networks import feature_width, patch_size, pretrained_source
 from diffaugkit.rows import DenseRows, MappedRows
 from diffaugkit.runtime import isolated_rng
 
-__all__ = ["ImageFit", "VectorFit", "linear_space", "project_rows"]
+__all__ = ["ImageFit", "PretrainedAsItIs", "VectorFit", "linear_space", "project_rows"]
 
 _DEFAULT_NEIGHBORS = 30
 # Vectors that are few, for which the defaults hold networks back from learning them by heart.
@@ -143,16 +143,19 @@ class ImageFit:
         )
         self.inputs = self.batches.sources[0]
         out_dim = auto_out_dim(encoder, rows, self.method)
+        source = pretrained_source(encoder.backbone, encoder.pretrained)
+        if encoder._goes_on():
+            source = getattr(encoder, "_source", None)
         self.module = _make_objective(
             self,
             # What goes on has its weights already, and needs no file of others.
-            lambda: encoder._make_image_network(shape, out_dim, load=not encoder._goes_on()),
+            lambda: encoder._make_image_network(shape, out_dim, source, not encoder._goes_on()),
             images=True,
             out_dim=out_dim,
         )
         self.views = self._make_views(shape)
         self.fitted = dict.fromkeys(_OF_VECTORS)
-        self.fitted |= {"image_shape_": shape, "out_dim_": out_dim}
+        self.fitted |= {"image_shape_": shape, "out_dim_": out_dim, "_source": source}
 
     def _make_views(self, shape):
         encoder = self.encoder
@@ -256,6 +259,20 @@ class ImageFit:
         for number, (view, limits) in enumerate(zip(generated, self.ranges, strict=True)):
             x = torch.where(replaced & (pick == number), to_unit(view, limits), x)
         return x
+
+
+class PretrainedAsItIs:
+    """What a fit of no epochs on images keeps: the pretrained network, not changed."""
+
+    def __init__(self, encoder, rows, seed):
+        _, channels, height, width = rows.shape
+        shape = height, width, channels
+        source = pretrained_source(encoder.backbone, encoder.pretrained)
+        out_dim = auto_out_dim(encoder, rows, encoder._method(images=True))
+        with isolated_rng(encoder._child_seed(seed, 0)):  # of the head, which nothing uses
+            self.module = encoder._make_image_network(shape, out_dim, source)
+        self.fitted = dict.fromkeys(_OF_VECTORS)
+        self.fitted |= {"image_shape_": shape, "out_dim_": out_dim, "_source": source}
 
 
 def _make_objective(state, make_network, *, images, out_dim):

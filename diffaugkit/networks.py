@@ -7,6 +7,7 @@ what the loss compares; ``network.embed(x)`` gives y, ``network.head(y)`` gives 
 import copy
 import inspect
 import itertools
+import json
 import math
 import os
 import pickle
@@ -272,6 +273,8 @@ class ImageEmbedder(nn.Module):
         What y is made of, see :func:`image_features`.
     n_last : int, default=4
         Blocks of ``"last_n"``, the four of DINO's linear protocol.
+    scale : tuple (mean, std), each of one or C floats, or None, default=None
+        Of the pixels in [-1, 1] by which the backbone's weights were trained.
 
     Examples
     --------
@@ -283,17 +286,33 @@ class ImageEmbedder(nn.Module):
     """
 
     def __init__(
-        self, backbone, n_features, n_components=None, head=None, features="auto", n_last=4
+        self,
+        backbone,
+        n_features,
+        n_components=None,
+        head=None,
+        features="auto",
+        n_last=4,
+        scale=None,
     ):
         super().__init__()
+        # Not saved with the weights: it is known from where they came.
+        for name, values in zip(("mean", "std"), scale or (None, None), strict=True):
+            values = None if values is None else torch.tensor(values).view(-1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
         self.backbone, self.features, self.n_last = backbone, features, n_last
         narrow = n_components is not None
         self.n_components = n_components if narrow else n_features
         self.embedding = Linear(n_features, n_components) if narrow else nn.Identity()
         self.head = nn.Identity() if head is None else head
 
+    def pixels(self, x):
+        """Images in [-1, 1] as the backbone sees them."""
+        return x if self.mean is None else (x - self.mean) / self.std
+
     def embed(self, x):
         """Embedding y (B, n_components) of images x (B, C, H, W)."""
+        x = self.pixels(x)
         return self.embedding(image_features(self.backbone, x, self.features, self.n_last))
 
     def forward(self, x):
@@ -388,7 +407,7 @@ def feature_width(backbone, shape, features="auto", n_last=4):
         backbone.train(training)
 
 
-def make_backbone(backbone, shape, *, pretrained=None, drop_path=0.0, load=True):
+def make_backbone(backbone, shape, *, pretrained=None, drop_path=0.0, load=True, source=None):
     """Backbone for images of a shape, by name or as given.
 
     Parameters
@@ -400,13 +419,15 @@ def make_backbone(backbone, shape, *, pretrained=None, drop_path=0.0, load=True)
         Height, width and channels.
     pretrained : str, path-like or None, default=None
         Where weights come from: a file of safetensors or of a state dict (read by
-        ``torch.load(weights_only=True)``: no code of it runs), or the tag of timm's weights for
+        ``torch.load(weights_only=True)``: no code of it runs), the tag of timm's weights for
         this backbone, which timm downloads (``"dino"`` for ``vit_small_patch16_224.dino``; an empty
-        string for its default).
+        string for its default), or ``"hf-hub:owner/name"`` or ``"local-dir:folder"``.
     drop_path : float, default=0.0
         Share of residual branches that are skipped in training.
     load : bool, default=True
         False makes the same architecture without reading the weights.
+    source : dict or None, default=None
+        What :func:`pretrained_source` gave.
 
     Returns
     -------
@@ -424,13 +445,83 @@ def make_backbone(backbone, shape, *, pretrained=None, drop_path=0.0, load=True)
     elif backbone in SMALL_BACKBONES:
         model = SMALL_BACKBONES[backbone](shape, drop_path=drop_path)
     else:
-        model = _timm_model(timm, backbone, shape, pretrained, drop_path, load)
+        model = _timm_model(timm, backbone, shape, pretrained, drop_path, load, source)
     if load and pretrained is not None and not (_is_tag(pretrained) and _is_timm(timm, backbone)):
         _load_weights(model, pretrained)
     return model
 
 
-def _timm_model(timm, name, shape, pretrained, drop_path, load):
+def is_hub_name(pretrained):
+    """Whether weights come with their architecture, from the Hugging Face Hub or a folder."""
+    return isinstance(pretrained, str) and pretrained.startswith(_HUBS)
+
+
+def pretrained_source(backbone, pretrained):
+    """Tell what makes the network of pretrained weights without them, and the scale of pixels.
+
+    Parameters
+    ----------
+    backbone : str or nn.Module
+        As in :func:`make_backbone`.
+    pretrained : str, path-like or None
+        As in :func:`make_backbone`.
+
+    Returns
+    -------
+    dict or None
+        ``"architecture"``, a name of timm, ``"model_args"``, and ``"mean"`` and ``"std"`` of pixels
+        in [0, 1]; None for files of weights, which do not tell.
+
+    Raises
+    ------
+    ValueError
+        For a tag that timm does not know, or a folder without ``config.json``.
+    """
+    import timm
+
+    if is_hub_name(pretrained):
+        config = _hub_config(pretrained)
+        found = config.get("pretrained_cfg", config)  # of timm before 0.9 it was flat
+        args = config.get("model_args", {})
+        name = config["architecture"]
+    elif pretrained is not None and _is_tag(pretrained) and _is_timm(timm, backbone):
+        name, args = backbone.partition(".")[0], {}
+        tagged = f"{name}.{pretrained}" if pretrained else backbone
+        try:
+            found = timm.models.get_pretrained_cfg(tagged).to_dict()
+        except RuntimeError as error:
+            tags = ", ".join(timm.list_pretrained(f"{name}.*")) or "none"
+            raise ValueError(
+                f"pretrained={pretrained!r} is no file, and no tag of timm's weights for "
+                f"backbone={backbone!r}, of which there are: {tags}."
+            ) from error
+    else:
+        return None
+    mean, std = (list(map(float, found.get(key) or (0.5,))) for key in ("mean", "std"))
+    return {"architecture": name, "model_args": dict(args), "mean": mean, "std": std}
+
+
+def _hub_config(pretrained):
+    """Read the ``config.json`` beside weights, in the layout of timm."""
+    kind, _, place = pretrained.partition(":")
+    if kind == "local-dir":
+        path = Path(place).expanduser() / "config.json"
+        if not path.is_file():
+            raise ValueError(f"pretrained={pretrained!r}: there is no file {path}.")
+    else:
+        from huggingface_hub import hf_hub_download
+
+        name, _, revision = place.partition("@")
+        path = hf_hub_download(name, "config.json", revision=revision or None)
+    config = json.loads(Path(path).read_text())
+    if "architecture" not in config:
+        raise ValueError(
+            f"pretrained={pretrained!r} is no model of timm: its config.json names no architecture."
+        )
+    return config
+
+
+def _timm_model(timm, name, shape, pretrained, drop_path, load, source):
     if not _is_timm(timm, name):
         close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
         raise ValueError(
@@ -439,9 +530,13 @@ def _timm_model(timm, name, shape, pretrained, drop_path, load):
         )
     h, w, c = shape
     tag = pretrained is not None and _is_tag(pretrained)
-    if tag and pretrained:
-        name = f"{name.partition('.')[0]}.{pretrained}"
     base = {"pretrained": tag and load, "in_chans": c, "num_classes": 0}
+    if is_hub_name(pretrained) and load:
+        name = pretrained
+    elif is_hub_name(pretrained):
+        base = source["model_args"] | base
+    elif tag and pretrained:
+        name = f"{name.partition('.')[0]}.{pretrained}"
     # Which options a family takes is known to its constructor only: from the most to the fewest.
     sized, paths = {"img_size": (h, w)}, {"drop_path_rate": drop_path}
     dynamic = {"dynamic_img_size": True, "dynamic_img_pad": True}
@@ -465,10 +560,13 @@ def _is_timm(timm, name):
 
 
 def _is_tag(pretrained):
+    if is_hub_name(pretrained):
+        return True
     text = os.fspath(pretrained)
     return not (Path(text).suffix in _WEIGHT_FILES or os.sep in text or Path(text).is_file())
 
 
+_HUBS = ("hf-hub:", "local-dir:")
 _WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 

@@ -386,15 +386,25 @@ def process_rank():
     return 0, 1
 
 
-def progress_bar(verbose, total, description, unit, *, leave=True):
-    """Open a progress bar; of processes that train together the first one shows it."""
+def progress_bar(verbose, total, description, unit, *, leave=True, delay=0):
+    """Open a progress bar; of processes that train together the first one shows it.
+
+    With a `delay`, in seconds, what is over by then shows none.
+    """
     from tqdm.auto import tqdm
 
     # The launcher tells the rank before the processes have met; without it RANK may mean anything.
     launched = os.environ.get("WORLD_SIZE", "1") != "1"
     other = process_rank()[0] > 0 or (launched and os.environ.get("RANK", "0") != "0")
     silent = not verbose or other
-    return tqdm(total=total, desc=description, unit=unit, disable=silent, leave=leave)
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        disable=silent,
+        leave=leave,
+        delay=delay,
+    )
 
 
 class _Alone:

@@ -1,14 +1,21 @@
 """SelfSupervisedEncoder on images: what it learns, generated images, resume, purity, refusals."""
 
+import itertools
+import json
 import pickle
+import shutil
 import warnings
-from itertools import pairwise
 
+import huggingface_hub
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
+from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
+from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from timm.layers import DropPath
@@ -16,7 +23,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import diffaugkit
-from diffaugkit import SelfSupervisedEncoder, encoder_fits
+from diffaugkit import EmbeddingConditionedDiffusion, SelfSupervisedEncoder, encoder_fits
 from diffaugkit.metrics import knn_accuracy
 from diffaugkit.networks import DINOHead, EmbeddingMLP, small_vit
 from diffaugkit.objectives import (
@@ -262,6 +269,111 @@ def test_pretrained_weights_are_where_a_fit_begins(X, tmp_path):
     np.testing.assert_array_equal(loaded.transform(X), second.transform(X))
     # Nor does a fit that goes on from its own weights need those of the file.
     assert loaded.set_params(warm_start=True).fit(X).n_iter_ == 2
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Folder of a small model in the layout of timm's hub, and the model."""
+    folder = tmp_path_factory.mktemp("hub") / "test_vit"
+    args = {"img_size": 32, "num_classes": 3}
+    with isolated_rng(0):
+        model = timm.create_model("test_vit", **args)
+    cfg = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "input_size": [3, 32, 32]}
+    cfg |= {"num_classes": 3, "first_conv": "patch_embed.proj", "classifier": "head"}
+    config = {"architecture": "test_vit", "model_args": args, "pretrained_cfg": cfg}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder, model.eval()
+
+
+def in_cache(folder, monkeypatch, tmp_path):
+    """Put a folder into the cache of the hub, as a download does, and be offline."""
+    root = tmp_path / "models--owner--name"
+    shutil.copytree(folder, root / "snapshots" / ("0" * 40))
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("kind", ["local-dir", "hf-hub"])
+def test_a_pretrained_network_serves_as_it_is(hub, kind, monkeypatch, tmp_path):
+    folder, model = hub
+    pretrained = f"local-dir:{folder}"
+    if kind == "hf-hub":
+        in_cache(folder, monkeypatch, tmp_path)
+        pretrained = "hf-hub:owner/name"
+    X = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    encoder = SelfSupervisedEncoder(pretrained=pretrained, max_epochs=0).fit(X)
+    scaled = (X / 255 - [0.4, 0.5, 0.6]) / [0.2, 0.25, 0.3]
+    x = torch.from_numpy(scaled).float().permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(x), pre_logits=True)
+        tokens = model.forward_features(x)[:, model.num_prefix_tokens :]
+    np.testing.assert_allclose(encoder.transform(X), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(encoder.patch_tokens(X), tokens, rtol=1e-4, atol=1e-5)
+    assert encoder.n_iter_ == len(encoder.history_) == 0
+    # What is saved needs neither the folder nor the hub.
+    encoder.save(tmp_path / "model")
+    monkeypatch.setattr("diffaugkit.networks._hub_config", None)
+    loaded = diffaugkit.load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.transform(X), encoder.transform(X))
+    generator = EmbeddingConditionedDiffusion(FrozenEstimator(loaded), max_epochs=1)
+    assert generator.fit(X).sample(loaded.transform(X[:2])).shape == (2, 32, 32, 3)
+
+
+def test_a_fit_begins_at_a_pretrained_network_and_its_scale(hub):
+    X = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    source = {"pretrained": f"local-dir:{hub[0]}"}
+    as_it_is = SelfSupervisedEncoder(**source, max_epochs=0).fit(X)
+    few = SelfSupervisedEncoder(**source, max_epochs=1, learning_rate=1e-12).fit(X)
+    np.testing.assert_allclose(few.transform(X), as_it_is.transform(X), rtol=1e-4, atol=1e-5)
+
+
+def test_tags_of_timm_tell_the_scale_of_pixels(monkeypatch):
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)
+    X = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    encoder = SelfSupervisedEncoder(backbone="test_vit", pretrained="", max_epochs=0).fit(X)
+    cfg = timm.models.get_pretrained_cfg("test_vit")
+    np.testing.assert_allclose(encoder.module_.mean.ravel(), 2 * np.array(cfg.mean) - 1, rtol=1e-6)
+    np.testing.assert_allclose(encoder.module_.std.ravel(), 2 * np.array(cfg.std), rtol=1e-6)
+    grey = clone(encoder).fit(X[..., :1])
+    np.testing.assert_allclose(grey.module_.mean.ravel(), 2 * np.mean(cfg.mean) - 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_epochs": 0}, "max_epochs=0 keeps the weights of pretrained=, or of a module"),
+        ({"max_epochs": 0, "n_components": 4, "backbone": nn.Flatten()}, "leave it at 'auto', and"),
+        ({"pretrained": "local-dir:/nowhere"}, "there is no file .*config.json"),
+        ({"pretrained": "hf-hub:a/b", "backbone": "small_vit"}, "leave backbone at 'auto', got"),
+        ({"pretrained": "nosuch", "backbone": "test_vit"}, "no tag of timm's .*test_vit.r160_in1k"),
+    ],
+)
+def test_pretrained_networks_that_there_are_not(X, options, message):
+    with pytest.raises(ValueError, match=message):
+        SelfSupervisedEncoder(**options).fit(X)
+
+
+def test_a_network_as_it_is_learns_nothing(X):
+    encoder = SelfSupervisedEncoder(backbone=nn.Flatten(), max_epochs=0)
+    assert encoder.fit(X).transform(X).shape == (40, X[0].size)
+    with pytest.raises(ValueError, match="learns nothing from positives"):
+        encoder.fit(X, positives=[X])
+    with pytest.raises(ValueError, match="max_epochs=0 keeps the weights of pretrained="):
+        encoder.fit(X.reshape(40, -1))
+
+
+def test_long_embedding_shows_its_progress(X, capsys, monkeypatch):
+    encoder = tiny("simclr", max_epochs=1, verbose=False).fit(X).set_params(verbose=True)
+    encoder.transform(X)
+    assert "embedding" not in capsys.readouterr().err  # of a moment
+    clock = itertools.count(0, 3)
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    encoder.transform(X)
+    assert "embedding: 100%" in capsys.readouterr().err
 
 
 def test_attention_and_patch_tokens(X):
@@ -609,7 +721,7 @@ def test_prototypes_are_frozen_at_first():
         before.append(network.head.prototypes.detach().clone())
         if step == 0:
             assert not torch.equal(network.head.mlp[0].weight, hidden)
-    moves = torch.stack([(a - b).abs().mean() for a, b in pairwise(before)])
+    moves = torch.stack([(a - b).abs().mean() for a, b in itertools.pairwise(before)])
     assert not moves[:300].any()
     # The free steps are as long as Adam's are, not several times as long.
     assert moves[300:].min() > 0
