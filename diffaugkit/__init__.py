@@ -6,9 +6,9 @@ losses, segmentation_losses, arrays, metrics, rows, image_rows, image_files, ima
 datasets, decomposition, runtime, augmentations, networks, objectives, denoisers, diffusion,
 persistence, batches, training, base, preprocessing, autoencoder, encoder_fits, encoder, spaces,
 embedding_diffusion, diffaug_em, image_store, gen_sis, resampling, augmenter, histo_networks,
-histo_augmenter, segmentation_data, segmentation_networks, segmentation_tiles, pretrained_unet,
-segmenter, detection_boxes, detection_head, detector, zero_shot_segmenter, mil, slides, tissue,
-image_plotting, segmentation_plotting, plotting.
+histo_augmenter, slides, segmentation_data, segmentation_networks, segmentation_tiles,
+pretrained_unet, segmenter, detection_boxes, detection_head, detector, zero_shot_segmenter, mil,
+tissue, image_plotting, segmentation_plotting, plotting, geojson.
 """
 
 import importlib
@@ -39,6 +39,7 @@ _HOMES = {
     "boxes_from_masks": "detection_boxes",
     "load": "persistence",
     "save": "persistence",
+    "to_geojson": "geojson",
 }
 _MODULES = {"datasets", "metrics", "plotting"}
 

@@ -9,7 +9,7 @@ import torch
 
 from diffaugkit.runtime import mix_seed, process_rank, resolve_device
 
-__all__ = ["Batches", "make_batches", "take"]
+__all__ = ["Batches", "fits", "make_batches", "take"]
 
 # The stream of a seed that orders the rows; `training` has another.
 _ORDER = 2
@@ -222,12 +222,25 @@ def _settle(source, device):
     source = source.detach()
     if source.dtype == torch.float64:
         source = source.float()
-    if device.type == "cuda" and not source.is_cuda:
-        free, _ = torch.cuda.mem_get_info(device)
-        # The other half is for the model and its activations.
-        if source.nbytes > free // 2:
-            return source
-    return source.to(device)
+    return source.to(device) if source.is_cuda or fits(source.nbytes, device) else source
+
+
+def fits(nbytes, device):
+    """Tell whether data of a size may lie on a device as a whole.
+
+    Parameters
+    ----------
+    nbytes : int
+        Bytes of the data.
+    device : torch.device
+        Of a GPU half of the free memory may be taken: the rest is for the model and its
+        activations.
+
+    Returns
+    -------
+    bool
+    """
+    return device.type != "cuda" or nbytes <= torch.cuda.mem_get_info(device)[0] // 2
 
 
 def take(source, index):

@@ -237,8 +237,9 @@ class DiffusionDetector(PretrainedUNet):
         Parameters
         ----------
         X : array-like, list, path or Rows
-            Images: an array of three or four dimensions, a list of arrays, pictures or paths, which
-            may differ in size, a folder, or a 2-D array with `image_shape`.
+            Images: an array of three or four dimensions, a list of arrays, pictures, paths or
+            :class:`~diffaugkit.slides.Slide`, which may differ in size, a folder, or a 2-D array
+            with `image_shape`. Of slides and whole-slide files the finest level counts.
         boxes : sequence of array-like of shape (n, 4), or of dicts
             Boxes of each image, (x_min, y_min, x_max, y_max) in pixels from its upper left corner,
             maxima exclusive; empty where there is no object. With labels as a dict of "boxes" and
@@ -339,7 +340,9 @@ class DiffusionDetector(PretrainedUNet):
 
         Notes
         -----
-        Memory beside images and boxes is that of one strip of tiles.
+        Memory beside images and boxes is that of one strip of tiles. Of slides, whole-slide files
+        and large TIFF files no more than some strips are read at once; other files are decoded as a
+        whole.
         """
         check_is_fitted(self, "module_")
         return self._predict(self._read(X, reset=False), self.score_threshold)
@@ -371,9 +374,9 @@ class DiffusionDetector(PretrainedUNet):
     def _predict(self, images, least):
         module = self.module_.to(self._device()).eval()
         with reduced_precision(module, self.precision, self._device()):
-            return self._named(self._find(module, images, least))
+            return self._named(self._find(module, images, least, self.verbose))
 
-    def _find(self, module, images, least):
+    def _find(self, module, images, least, verbose=0):
         """Boxes (n, 4), scores (n,) and class codes (n,) of each image, as one tensor (n, 6)."""
         device, tile, s = self._device(), self.patch_shape_, self.head_stride_
         # Whole places apart, where that can be: those of two tiles then coincide, and what they
@@ -395,6 +398,7 @@ class DiffusionDetector(PretrainedUNet):
             stride=stride,
             batch_size=batch_size,
             lattice=s if s <= min(tile) else 1,
+            verbose=verbose,
         )
         for number, rows, maps in strips:
             found[number].add(rows, candidates(maps, rows, sizes[number], s, least))

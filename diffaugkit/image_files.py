@@ -478,6 +478,10 @@ def _unreadable(name, error):
     said = str(error).rstrip(".") or type(error).__name__
     if type(error).__name__ == "UnidentifiedImageError":
         said = "it is no image that Pillow knows"
+    if type(error).__name__ == "DecompressionBombError":
+        said = (
+            f"{said.partition(',')[0]}; raise PIL.Image.MAX_IMAGE_PIXELS to decode it all the same"
+        )
     return ValueError(f"{_capital(name)} cannot be read: {said}.")
 
 

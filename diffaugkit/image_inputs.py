@@ -179,7 +179,9 @@ def _rows_of_list(X, known_shape, known_layout):
         import torch
 
         return _rows_of_array(torch.stack(list(items)), known_shape, known_layout)
-    return _rows_of_array(np.stack(items), known_shape, known_layout)
+    # One array is not stacked: it may be a memory map, of more than fits into memory.
+    images = np.stack(items) if len(items) > 1 else np.asarray(first)[None]
+    return _rows_of_array(images, known_shape, known_layout)
 
 
 def _path(path):

@@ -30,6 +30,7 @@ from diffaugkit.persistence import fingerprint
 from diffaugkit.runtime import isolated_rng
 from diffaugkit.segmentation_data import ImageList, PatchRows, erase_boxes, swap_cells, vary_pairs
 from diffaugkit.segmentation_networks import AttentionUNet
+from diffaugkit.slides import Slide, SlideRows, find_slide
 from diffaugkit.training import auto_epochs
 
 __all__ = ["PretrainedUNet"]
@@ -228,6 +229,8 @@ class PretrainedUNet(TorchEstimator):
 
     def _read(self, X, *, reset, name="X"):
         """Images of any container as an ImageList; what is learned of them is of the first one."""
+        if isinstance(X, Slide):
+            raise TypeError(f"{name} is one slide: give a list of slides, [{name}] for one.")
         if self.image_shape is not None:
             parts = [self._checked(self, X, reset)]
         elif (items := _items(X)) is None:
@@ -236,7 +239,9 @@ class PretrainedUNet(TorchEstimator):
             parts = []
             for row, item in enumerate(items):
                 try:
-                    parts.append(self._gated([item], reset and not row))
+                    slide = find_slide(item)
+                    one = [item] if slide is None else SlideRows(slide)
+                    parts.append(self._gated(one, reset and not row))
                 except (ValueError, TypeError) as error:
                     raise type(error)(f"Row {row} of {name}: {error}") from error
         n_channels = parts[0].shape[1] if reset else self.image_shape_[2]
@@ -336,7 +341,7 @@ def _items(X):
     first = items[0] if items else None
     is_path = isinstance(first, str | os.PathLike)
     is_picture = hasattr(first, "getbands") or len(getattr(first, "shape", ())) in (2, 3)
-    if not (is_path or is_picture) or str(first).endswith(".tar"):
+    if not (is_path or is_picture or isinstance(first, Slide)) or str(first).endswith(".tar"):
         return None
     return items
 

@@ -20,6 +20,7 @@ from diffaugkit.image_files import (
 )
 from diffaugkit.image_rows import BYTES, ImageRows
 from diffaugkit.rows import Rows
+from diffaugkit.slides import SlideRows
 
 __all__ = [
     "IGNORED",
@@ -96,6 +97,21 @@ class ImageList:
         if self._last[0] != number:
             self._last = number, rows.block([row])[0]
         return self._last[1]
+
+    def region(self, number, top, left, height, width):
+        """Pixels of a box (C, height, width), or of what of it lies inside; as from `read`.
+
+        Of a slide nothing else is read.
+        """
+        part = self._places[number][0]
+        rows = self._parts[part]
+        if not isinstance(rows, SlideRows):
+            return self.read(number)[:, top : top + height, left : left + width]
+        height, width = min(height, rows.shape[2] - top), min(width, rows.shape[3] - left)
+        try:
+            return rows.region(top, left, height, width)
+        except Exception as error:  # a broken file can raise anything
+            raise _unreadable(f"the slide in row {part}", error) from error
 
     def loaded(self):
         """Decode what lies in files, if it fits: patches are read many times."""
@@ -286,8 +302,11 @@ class PatchRows(Rows):
     def _read(self, index):
         out = np.empty((*self.places[index].shape[:1], *self.shape[1:]), self.dtype)
         for at, (number, top, left) in enumerate(self.places[index]):
-            image = self._images[number][None] if self._is_mask else self._images.read(number)
-            out[at] = cut(image, top, left, self._patch, IGNORED if self._is_mask else None)
+            if self._is_mask:
+                out[at] = cut(self._images[number][None], top, left, self._patch, IGNORED)
+            else:
+                found = self._images.region(number, top, left, *self._patch)
+                out[at] = cut(found, 0, 0, self._patch)
         return out
 
 

@@ -5,9 +5,14 @@ import math
 import torch
 
 from diffaugkit.image_rows import to_unit
+from diffaugkit.runtime import progress_bar
 from diffaugkit.segmentation_data import cut, tile_starts
 
 __all__ = ["blending_window", "predict_strips"]
+
+# Pixels that are read at once: files lie in tiles, and of those that a strip cuts the next strip
+# decodes the rest again.
+_READ_PIXELS = 2**23
 
 
 def blending_window(tile, stride, kind="hann"):
@@ -42,7 +47,9 @@ def blending_window(tile, stride, kind="hann"):
     return sides[0][:, None] * sides[1]
 
 
-def predict_strips(images, predict, *, tile, stride, window="hann", batch_size=8, lattice=1):
+def predict_strips(
+    images, predict, *, tile, stride, window="hann", batch_size=8, lattice=1, verbose=0
+):
     """Predict images of any size by tiles, and give back strips of rows as they are finished.
 
     Only the strip that is being worked on is in memory. Tiles go through the network in batches of
@@ -64,6 +71,8 @@ def predict_strips(images, predict, *, tile, stride, window="hann", batch_size=8
     lattice : int, default=1
         The last tiles, which end at the border, begin at a multiple of this many pixels, and stick
         out by what is missing, mirrored.
+    verbose : int, default=0
+        Above 0 shows a progress bar.
 
     Yields
     ------
@@ -87,22 +96,42 @@ def predict_strips(images, predict, *, tile, stride, window="hann", batch_size=8
                     yield from _numbered(last, strips.pop(last).rest())
                 strips[number] = _Strip(images.size(number), weight, lattice)
             yield from _numbered(number, strips[number].add(found, top, left))
+        bar.update(len(waiting))
         waiting.clear()
 
-    for number in range(len(images)):
-        pixels, scale = images.read(number), images.pixel_range(number)
-        sides = [_whole(*s, lattice) for s in zip(images.size(number), tile, strict=True)]
-        starts = [tile_starts(*s) for s in zip(sides, tile, stride, strict=True)]
-        for top in starts[0]:
-            for left in starts[1]:
-                part = torch.from_numpy(cut(pixels, top, left, tile).copy())
-                waiting.append((number, top, left, to_unit(part, scale)))
-                if len(waiting) == batch_size:
-                    yield from run()
-    if waiting:
-        yield from run()
+    grids = [_grid(images.size(number), tile, stride, lattice) for number in range(len(images))]
+    n_tiles = sum(len(tops) * len(lefts) for tops, lefts in grids)
+    with progress_bar(verbose, n_tiles, "prediction", "tile", leave=False) as bar:
+        for number, (tops, lefts) in enumerate(grids):
+            scale = images.pixel_range(number)
+            for top, rows in _read_strips(images, number, tops, tile[0]):
+                for left in lefts:
+                    part = torch.from_numpy(cut(rows, 0, left, tile).copy())
+                    waiting.append((number, top, left, to_unit(part, scale)))
+                    if len(waiting) == batch_size:
+                        yield from run()
+        if waiting:
+            yield from run()
     for number, strip in strips.items():
         yield from _numbered(number, strip.rest())
+
+
+def _grid(size, tile, stride, lattice):
+    """Where tiles begin, down and across."""
+    sides = [_whole(*s, lattice) for s in zip(size, tile, strict=True)]
+    return [tile_starts(*s) for s in zip(sides, tile, stride, strict=True)]
+
+
+def _read_strips(images, number, tops, height):
+    """Yield the pixels (C, height, W) from each of the tops on, fewer at the border."""
+    full, width = images.size(number)
+    n_rows = max(height, _READ_PIXELS // width)
+    start = end = 0
+    for top in tops:
+        if min(top + height, full) > end:
+            start, end = top, min(top + n_rows, full)
+            rows = images.region(number, start, 0, end - start, width)
+        yield top, rows[:, top - start : top - start + height]
 
 
 def _whole(side, tile, lattice):

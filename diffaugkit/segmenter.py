@@ -168,6 +168,7 @@ class DiffusionSegmenter(PretrainedUNet):
     _extra_state = ("_pixel_range", "_layout", "_one_label")
     # What passes `masks` on does so by position: it is no metadata to ask for.
     __metadata_request__fit = {"masks": UNUSED}  # noqa: RUF012
+    __metadata_request__predict = {"out": UNUSED}  # noqa: RUF012
     _used_later = ("overlap", "window", "pretrain_epochs")  # the last shows in the weights
 
     def __init__(
@@ -239,8 +240,9 @@ class DiffusionSegmenter(PretrainedUNet):
         Parameters
         ----------
         X : array-like, list, path or Rows
-            Images: an array of three or four dimensions, a list of arrays, pictures or paths, which
-            may differ in size, a folder, or a 2-D array with `image_shape`.
+            Images: an array of three or four dimensions, a list of arrays, pictures, paths or
+            :class:`~diffaugkit.slides.Slide`, which may differ in size, a folder, or a 2-D array
+            with `image_shape`. Of slides and whole-slide files the finest level counts.
         masks : array-like of shape (n_samples, height, width), or list
             Labels of the pixels, whole numbers: an array, or a list of arrays (height, width),
             pictures or paths. For a 2-D `X` also (n_samples, height * width), or (n_samples,) for
@@ -320,13 +322,15 @@ class DiffusionSegmenter(PretrainedUNet):
 
     # ---- prediction ------------------------------------------------------------------------------
 
-    def predict(self, X):
+    def predict(self, X, *, out=None):
         """Label the pixels of whole images of any size.
 
         Parameters
         ----------
         X : as for ``fit``
             The images; of a fitted `image_shape` only that size.
+        out : ndarray of shape (height, width), or sequence of them, one per image; default=None
+            Where the labels go, such as memory maps, and what is given back.
 
         Returns
         -------
@@ -336,15 +340,20 @@ class DiffusionSegmenter(PretrainedUNet):
 
         Notes
         -----
-        Memory beside images and labels is that of one strip of tiles. The labels have the type of
-        ``classes_``: without `classes` that of the masks, so that masks of bytes give bytes.
+        Memory beside images and labels is that of one strip of tiles. Of slides, whole-slide files
+        and large TIFF files no more than some strips are read at once; other files are decoded as a
+        whole. The labels have the type of ``classes_``: without `classes` that of the masks, so
+        that masks of bytes give bytes.
         """
         check_is_fitted(self, "module_")
         images = self._read(X, reset=False)
-        out = [np.empty(images.size(row), self.classes_.dtype) for row in range(len(images))]
+        if out is None:
+            tables = [np.empty(images.size(row), self.classes_.dtype) for row in range(len(images))]
+        else:
+            tables = self._checked_out(out, images)
         for row, part, found in self._strips(images):
-            out[row][part] = self.classes_[found.argmax(dim=0).numpy()]
-        return self._as_given(out, X, images)
+            tables[row][part] = self.classes_[found.argmax(dim=0).numpy()]
+        return self._as_given(tables, X, images) if out is None else out
 
     def predict_proba(self, X):
         """Give the probabilities of all classes for the pixels of whole images of any size.
@@ -408,8 +417,28 @@ class DiffusionSegmenter(PretrainedUNet):
         batch_size = 8 if device.type == "cpu" else 32
         with reduced_precision(module, self.precision, device):
             yield from predict_strips(
-                images, predict, tile=tile, stride=stride, window=self.window, batch_size=batch_size
+                images,
+                predict,
+                tile=tile,
+                stride=stride,
+                window=self.window,
+                batch_size=batch_size,
+                verbose=self.verbose,
             )
+
+    def _checked_out(self, out, images):
+        tables = [out] if getattr(out, "ndim", 0) == 2 else list(out)
+        found = [table.shape for table in tables]
+        sizes = [images.size(row) for row in range(len(images))]
+        if found != sizes:
+            raise ValueError(f"out has the shapes {found}, but the images of X are {sizes}.")
+        for table in tables:
+            if not np.array_equal(self.classes_.astype(table.dtype), self.classes_):
+                raise ValueError(
+                    f"out has dtype {table.dtype}, which does not hold all of the labels "
+                    f"{self.classes_.tolist()}."
+                )
+        return tables
 
     def _as_given(self, out, X, images):
         if self.image_shape is not None and images.layout == "flat":

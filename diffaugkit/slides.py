@@ -22,14 +22,23 @@ from xml.etree import ElementTree
 import numpy as np
 
 from diffaugkit.arrays import warn
-from diffaugkit.image_files import _bits, _n_frames, _pillow
+from diffaugkit.image_files import _bits, _n_frames, _pillow, _unreadable
+from diffaugkit.image_rows import BYTES
+from diffaugkit.rows import Rows
 
-__all__ = ["Slide", "open_slide", "read_box", "thumbnail"]
+__all__ = ["Slide", "SlideRows", "find_slide", "open_slide", "read_box", "thumbnail"]
 
 # Formats that tiffslide and openslide do not know, and that Pillow decodes as a whole.
 _PICTURES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".gif")
 # Pillow's names of what becomes RGB.
 _MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr")
+# Names that only whole-slide files have: Pillow would decode as a whole, or show their preview.
+_WHOLE_SLIDES = (
+    *(".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".qptiff"),
+    *(".scn", ".svs", ".svslide", ".vms", ".vmu"),
+)
+# Pixels from which on a TIFF is read in part; smaller ones are decoded faster than opened.
+_LARGE_TIFF = 2**24
 # TIFF's numbers of palettes, CMYK and L*a*b*, and of the compressions that know nothing of colours.
 _NO_RGB, _LOSSLESS = (3, 5, 8), (1, 5, 8, 32773, 32946, 50000)
 # The packages that read whole-slide files, the preferred one first, and their classes.
@@ -302,6 +311,85 @@ def open_slide(slide):
     _check_form(array.ndim == 3 and array.shape[2] == 3, f"shape {array.shape}")
     _check_form(array.dtype == np.uint8, f"{array.dtype} pixels")
     return ArraySlide(array)
+
+
+def find_slide(item):
+    """Open what is better read in part than decoded as a whole: of anything else it is None.
+
+    Parameters
+    ----------
+    item : object
+        An image, a path or a Slide.
+
+    Returns
+    -------
+    Slide or None
+        For a Slide, for whole-slide files, which are known by their names, and for large RGB files
+        of TIFF with one page beside the levels of a pyramid.
+
+    Raises
+    ------
+    ValueError
+        If the file is missing or cannot be read, by its name.
+    ImportError
+        If it needs a reader of whole-slide files, and none is installed.
+    """
+    if isinstance(item, Slide):
+        return item
+    if not isinstance(item, str | os.PathLike):
+        return None
+    suffix = Path(item).suffix.lower()
+    whole = suffix in _WHOLE_SLIDES or (suffix in (".tif", ".tiff") and _is_large_rgb(item))
+    if not whole:
+        return None
+    try:
+        return open_slide(item)
+    except ImportError:
+        raise
+    except Exception as error:  # a broken file can raise anything
+        raise _unreadable(f"slide {item}", error) from error
+
+
+def _is_large_rgb(path):
+    try:
+        from PIL.TiffImagePlugin import TiffImageFile  # unlike Image.open, it has no limit of size
+
+        with TiffImageFile(path) as image:
+            large = image.width * image.height >= _LARGE_TIFF
+            return large and image.mode in ("RGB", "YCbCr") and _n_frames(image) == 1
+    except Exception:  # whatever is wrong, who reads it as a picture says
+        return False
+
+
+class SlideRows(Rows):
+    """A slide as a set of one image, its finest level, of which any part can be read.
+
+    Parameters
+    ----------
+    slide : Slide
+        The slide.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from diffaugkit.slides import SlideRows, open_slide
+    >>> rows = SlideRows(open_slide(np.zeros((300, 200, 3), np.uint8)))
+    >>> rows.shape, rows.region(290, 0, 10, 20).shape
+    ((1, 3, 300, 200), (3, 10, 20))
+    """
+
+    dtype, pixel_range, layout = np.dtype(np.uint8), BYTES, "channels_last"
+
+    def __init__(self, slide):
+        super().__init__((1, 3, *slide.levels[0]))
+        self._slide, self.in_memory = slide, slide.in_memory
+
+    def region(self, top, left, height, width):
+        """Read pixels (3, height, width) of a place inside."""
+        return _region(self._slide, 0, top, left, height, width).transpose(2, 0, 1)
+
+    def _read(self, index):
+        return self.region(0, 0, *self.shape[2:])[None][index]
 
 
 def read_box(slide, level, top, left, height, width, size):

@@ -32,6 +32,7 @@ from diffaugkit.image_rows import ImageRows
 from diffaugkit.metrics.detection import box_average_precision, check_boxes, mean_box_iou
 from diffaugkit.runtime import isolated_rng
 from diffaugkit.segmentation_data import ImageList, PatchRows
+from diffaugkit.slides import open_slide
 
 pytest.importorskip("diffusers")
 pytest.importorskip("torchvision")
@@ -700,6 +701,7 @@ def test_containers_sizes_and_batches(data, fitted, tmp_path):
         Image.fromarray(image).save(tmp_path / f"{number}.png")
     equal(fitted.predict(sorted(tmp_path.glob("*.png"))), together)
     equal(fitted.predict([Image.open(tmp_path / "0.png")]), whole[:1])
+    equal(fitted.predict([open_slide(image) for image in images]), together)
     several = tiny().fit(images[:2], [boxes[0]["boxes"], [[1, 2, 8, 9]]])
     assert several.patch_shape_ == (16, 16)
     assert several.classes_.tolist() == [1]

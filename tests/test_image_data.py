@@ -326,6 +326,7 @@ def test_nothing_is_copied(truth):
         assert np.shares_memory(rows.block(slice(2, 4)), np.asarray(X))
         batches = make_batches(rows, batch_size=4, device="cpu")
         assert np.shares_memory(batches.sources[0].numpy(), np.asarray(X))
+    assert np.shares_memory(gate([truth[3]]).tensor.numpy(), truth)  # a list of one
     doubles = gate(truth / 255)
     assert doubles.tensor.dtype == torch.float32
     np.testing.assert_array_equal(doubles.tensor.numpy(), floats.transpose(0, 3, 1, 2))

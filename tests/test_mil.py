@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -9,14 +10,17 @@ import pandas as pd
 import pytest
 import sklearn
 import torch
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, random
+from simulated_accelerator import simulated_accelerator
 from sklearn import config_context
+from sklearn.exceptions import DataConversionWarning
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_score, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_param_validation, parametrize_with_checks
 from sklearn.utils.fixes import parse_version
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffaugkit import load, mil
 from diffaugkit.mil import AttentionMILClassifier, BagNetwork
@@ -472,3 +476,136 @@ def test_a_table_that_is_read_only(table, data):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny(max_epochs=1).fit(X, data[1], groups=groups)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Values of the largest tensor that is made inside; tracemalloc sees arrays only."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, list | tuple) else [out]:
+            if isinstance(made, torch.Tensor) and not func.is_view:
+                self.values = max(self.values, made.numel())
+        return out
+
+
+@pytest.mark.parametrize("form", ["memory map", "list", "sparse", "file"])
+@pytest.mark.usefixtures("fitted")  # all that a fit imports is imported by now
+def test_memory_does_not_follow_the_instances(tmp_path, form):
+    n_bags, length, d = 100, 1200, 128
+    shape, kw = (n_bags * length, d), {"groups": np.repeat(np.arange(n_bags), length)}
+    if form in ("memory map", "list"):
+        X = np.memmap(tmp_path / "X", np.float32, mode="w+", shape=shape)
+        X[::length, 0] = 1
+        if form == "list":
+            X, kw = list(X.reshape(n_bags, length, d)), {}
+    else:
+        X = random(*shape, density=0.01, format="csr", dtype=np.float32, random_state=0)
+    if form == "file":
+        anndata = pytest.importorskip("anndata")
+        anndata.AnnData(csr_matrix(X)).write_h5ad(tmp_path / "X.h5ad")
+        X = anndata.read_h5ad(tmp_path / "X.h5ad", backed="r")
+    model = tiny(max_epochs=1, batch_size=1, accumulate=16, device="cpu")
+    tracemalloc.start()
+    try:
+        with LargestTensor() as largest:
+            model.fit(X, np.arange(n_bags) % 2, **kw)
+            model.attention(X, **kw)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    whole = shape[0] * d
+    assert largest.values < whole / 10
+    assert peak < 0.75 * 4 * whole  # blocks of a fixed size, and numbers of the rows
+
+
+def forms(table, groups, n_bags):
+    """The same bags in all containers: name, X, and what else a call takes."""
+    bags, more = [table[groups == number] for number in range(n_bags)], {"groups": groups}
+    yield "table", table, more
+    yield "doubles", table.astype(float), more
+    yield "tensor", torch.from_numpy(table), more
+    yield "frame", pd.DataFrame(table).rename(columns=str), more
+    yield "sparse", csr_matrix(table), more
+    yield "columns", csr_matrix(table).tocsc(), more
+    yield "list", bags, {}
+    yield "list of doubles", [bag.astype(float) for bag in bags], {}
+    yield "list of columns", [np.asfortranarray(bag) for bag in bags], {}
+    yield "list of frames", [pd.DataFrame(bag).rename(columns=str) for bag in bags], {}
+
+
+@pytest.mark.parametrize("joined", [16, 200, 2**22])
+def test_all_containers_give_the_same_model(table, data, tmp_path, monkeypatch, joined):
+    monkeypatch.setattr(mil, "_JOINED_VALUES", joined)  # lists stay lists, of some bags or of each
+    X, groups, _ = table
+    groups = np.unique(groups, return_inverse=True)[1]
+    X = np.where(X > 1, 0, X).astype(np.float32)
+    X[:, 3] = 7.1  # no spread
+    path = tmp_path / "X"
+    X.tofile(path)
+    options = {"max_instances": 3, "random_state": 1}
+    expected = tiny(**options).fit(X, data[1], groups=groups)
+    proba, shares = (f(X, groups=groups) for f in (expected.predict_proba, expected.attention))
+    in_file = np.memmap(path, np.float32, mode="r", shape=X.shape)
+    for name, form, more in (
+        ("memory map", in_file, {"groups": groups}),
+        *forms(X.copy(), groups, 20),
+    ):
+        model = tiny(**options).fit(form, data[1], **more)
+        np.testing.assert_allclose(model.mean_, expected.mean_, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(model.scale_, expected.scale_, rtol=1e-6, err_msg=name)
+        found = model.attention(form, **more)
+        found = found if more else np.concatenate(found)
+        np.testing.assert_allclose(model.predict_proba(form, **more), proba, atol=1e-6)
+        np.testing.assert_allclose(found, shares, atol=1e-6)
+        for part in [form] if more else form:
+            values = part.toarray() if hasattr(part, "toarray") else np.asarray(part)
+            assert (values[:, 3] == np.asarray(7.1, np.float32)).all()  # nobody wrote to it
+    np.testing.assert_allclose(expected.mean_, X.mean(axis=0, dtype=float), rtol=1e-6)
+    spread = X.std(axis=0, dtype=float)
+    np.testing.assert_allclose(expected.scale_, np.where(spread > 0, spread, 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e39])
+def test_a_bad_value_in_any_bag_is_found(data, fitted, monkeypatch, bad):
+    monkeypatch.setattr(mil, "_JOINED_VALUES", 64)
+    bags = [bag.astype(float) for bag in data[0]]
+    bags[17][-1, 2] = bad
+    with pytest.raises(ValueError, match=r"NaN|infinity"):
+        tiny().fit(bags, data[1])
+    with pytest.raises(ValueError, match=r"NaN|infinity"):
+        fitted.predict(bags)
+
+
+@pytest.mark.parametrize("form", ["table", "list", "sparse"])
+def test_an_accelerator_takes_what_fits(table, data, monkeypatch, form):
+    monkeypatch.setattr(mil, "_JOINED_VALUES", 64)
+    X, groups, _ = table
+    X = {"table": X, "list": data[0], "sparse": csr_matrix(X)}[form]
+    kw = {} if form == "list" else {"groups": groups}
+    options = {"max_instances": 3, "batch_size": 4, "precision": "fp32"}
+    expected = tiny(max_epochs=2, device="cpu", **options).fit(X, data[1], **kw)
+    expected = expected.predict_proba(X, **kw)
+    for free in (2**40, 500):
+        waited = []
+        for max_epochs in (1, 2):
+            model = tiny(max_epochs=max_epochs, device="cuda", **options)
+            with simulated_accelerator(free) as waits:
+                model.fit(X, data[1], **kw)
+                waited.append(len(waits))
+        with simulated_accelerator(free):
+            found = model.predict_proba(X, **kw)
+        np.testing.assert_allclose(found, expected, rtol=1e-2, atol=2e-3)
+        # Where the data lie on the device nothing waits but the end of an epoch.
+        assert (waited[1] - waited[0] <= 3) == (form != "sparse" and free > 500)
+
+
+def test_a_column_of_labels_is_warned_of_once(data, table):
+    X, groups, _ = table
+    column = data[1][:, None]
+    for form, more in ((data[0], {}), (X, {"groups": groups})):
+        with pytest.warns(DataConversionWarning, match="column-vector") as caught:
+            tiny(max_epochs=1).fit(form, column, **more)
+        assert len(caught) == 1

@@ -3,11 +3,13 @@
 import copy
 import io
 import pickle
+import tracemalloc
 import warnings
 import weakref
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from sklearn.base import clone
@@ -30,6 +32,7 @@ from diffaugkit.segmentation_data import (
 from diffaugkit.segmentation_networks import AttentionUNet, KeepBest, SegmentationNetwork
 from diffaugkit.segmentation_tiles import blending_window
 from diffaugkit.segmenter import DiffusionSegmenter
+from diffaugkit.slides import FileSlide, Slide, SlideRows, find_slide, open_slide
 
 pytest.importorskip("diffusers")
 
@@ -345,8 +348,6 @@ def test_any_size_and_container(fitted, tmp_path):
 
 
 def test_a_strip_is_all_that_is_in_memory(fitted, tmp_path):
-    import tracemalloc
-
     def peak(height):
         path = tmp_path / f"{height}.npy"
         np.lib.format.open_memmap(path, "w+", np.uint8, (1, height, 24, 3))[:] = 90
@@ -361,6 +362,179 @@ def test_a_strip_is_all_that_is_in_memory(fitted, tmp_path):
 
     peak(16)
     assert peak(600) < 1.5 * peak(60) + 50_000
+
+
+# ---- slides --------------------------------------------------------------------------------------
+
+
+class Own(Slide):
+    """A slide of the user's own."""
+
+    def __init__(self, pixels):
+        self.levels, self.pixels = [pixels.shape[:2]], pixels
+
+    def read(self, level, top, left, height, width):
+        return self.pixels[top : top + height, left : left + width]
+
+
+def mapped(image, folder):
+    np.save(folder / "x.npy", image)
+    return np.load(folder / "x.npy", mmap_mode="r")
+
+
+def tiff(image, folder, name="x.tif", **options):
+    tifffile.imwrite(folder / name, image, photometric="rgb", **options)
+    return folder / name
+
+
+TILED = {"tile": (16, 16), "compression": "zlib"}
+SLIDES = {
+    "array": lambda image, folder: open_slide(image),
+    "map": lambda image, folder: open_slide(mapped(image, folder)),
+    "own": lambda image, folder: Own(image),
+    "svs": lambda image, folder: tiff(image, folder, "x.svs", **TILED),
+    "tiled TIFF": lambda image, folder: str(tiff(image, folder, **TILED)),
+    "mapped TIFF": tiff,
+    "packed TIFF": lambda image, folder: tiff(image, folder, compression="lzw", rowsperstrip=4),
+}
+
+
+@pytest.fixture
+def in_part(monkeypatch):
+    """Small files are read as large ones are."""
+    monkeypatch.setattr("diffaugkit.slides._LARGE_TIFF", 1)
+    monkeypatch.setattr("diffaugkit.segmentation_tiles._READ_PIXELS", 1000)
+
+
+@pytest.mark.parametrize("kind", SLIDES)
+def test_slides_are_predicted_as_their_arrays(kind, fitted, tmp_path, in_part, monkeypatch):
+    image, small = blobs(1, 90, 37, seed=1)[0][0], blobs(1, 5, 21)[0][0]
+    given, read = [], SlideRows.region
+
+    def remember(rows, *box):
+        given.append(box)
+        return read(rows, *box)
+
+    monkeypatch.setattr(SlideRows, "region", remember)
+    X = [SLIDES[kind](image, tmp_path), small]
+    for method in (fitted.predict, fitted.predict_proba):
+        for found, whole in zip(method(X), method([image, small]), strict=True):
+            np.testing.assert_array_equal(found, whole)
+    assert len(given) > 4
+    assert max(height * width for _, _, height, width in given) <= 1000
+    assert fitted.score(X[:1], fitted.predict([image])) == 1
+
+
+def test_files_that_are_no_slides_are_decoded_as_before(fitted, tmp_path, monkeypatch):
+    image = blobs(1, 40, 37)[0][0]
+    path = tiff(image, tmp_path, **TILED)
+    assert find_slide(path) is None  # as it is small
+    monkeypatch.setattr("diffaugkit.slides._LARGE_TIFF", 1)
+    assert isinstance(find_slide(path), FileSlide)
+    clear = np.dstack([image, np.full(image.shape[:2], 9, np.uint8)])
+    alpha = tiff(clear, tmp_path, "alpha.tif", extrasamples=[2], **TILED)
+    tifffile.imwrite(tmp_path / "grey.tif", image[..., 0], **TILED)
+    pages = tiff(np.stack([image, image]), tmp_path, "pages.tif", **TILED)
+    (tmp_path / "broken.tif").write_bytes(b"no picture")
+    for other in (alpha, tmp_path / "grey.tif", pages, tmp_path / "broken.tif", "no.tif", image):
+        assert find_slide(other) is None
+    np.testing.assert_array_equal(fitted.predict([alpha])[0], fitted.predict([image])[0])
+    with pytest.raises(ValueError, match=r"Row 0 of X: .*pages\.tif holds 2 frames or pages"):
+        fitted.predict([pages])
+
+
+def test_pictures_beyond_the_limit_of_pillow(fitted, tmp_path, in_part, monkeypatch):
+    image = blobs(1, 40, 37)[0][0]
+    Image.fromarray(image).save(tmp_path / "x.png")
+    expected = fitted.predict([image])[0]
+    paths = [tiff(image, tmp_path, "mapped.tif"), tiff(image, tmp_path, "tiled.tif", **TILED)]
+    with monkeypatch.context() as limit:
+        limit.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        for path in paths:
+            np.testing.assert_array_equal(fitted.predict([path])[0], expected)
+        message = r"x\.png cannot be read: .* exceeds limit of 200 pixels; raise PIL\.Image\.MAX_IM"
+        with pytest.raises(ValueError, match=message):
+            fitted.predict([tmp_path / "x.png"])
+    np.testing.assert_array_equal(fitted.predict([tmp_path / "x.png"])[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["memory map", "slide", "tiled TIFF"])
+def test_large_images_are_never_in_memory_as_a_whole(kind, tmp_path, in_part, monkeypatch):
+    monkeypatch.setattr("diffaugkit.segmentation_tiles._READ_PIXELS", 2**16)
+    X, masks = blobs(4, 64, 64)
+    model = tiny(patch_size=64, stride=64, overlap=0.0).fit(X, masks)
+    image = np.tile(X[:2].reshape(128, 64, 3), (6, 16, 1))  # 768 x 1024
+    if kind == "tiled TIFF":
+        given = tiff(image, tmp_path, tile=(64, 64))
+    else:
+        given = mapped(image, tmp_path)
+    given = open_slide(given) if kind == "slide" else given
+    find_slide(given)  # imports a reader
+    labels = np.lib.format.open_memmap(tmp_path / "y.npy", "w+", np.uint8, image.shape[:2])
+    size, expected = image.nbytes, model.predict(image[None])[0]
+    del image
+    tracemalloc.start()
+    found = model.predict([given], out=labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found is labels
+    np.testing.assert_array_equal(found, expected)
+    assert peak < size / 2
+
+
+def test_labels_go_where_they_are_asked(fitted):
+    images = [blobs(1, 30, 9)[0][0], blobs(1, 5, 21)[0][0]]
+    expected = fitted.predict(images)
+    tables = [np.full((30, 9), 7, np.int16), np.full((5, 21), 7, bool)]
+    assert fitted.predict(images, out=tables) is tables
+    stack = np.empty((2, 30, 9), np.uint8)
+    fitted.predict([images[0]] * 2, out=stack)
+    for found, truth in zip([*tables, stack[1]], [*expected, expected[0]], strict=True):
+        np.testing.assert_array_equal(found, truth)
+    message = r"out has the shapes \[\(9, 30\)\], but the images of X are \[\(30, 9\)\]"
+    with pytest.raises(ValueError, match=message):
+        fitted.predict(images[:1], out=np.empty((9, 30), np.uint8))
+    far = copy.copy(fitted)
+    far.classes_ = np.array([0, 300])
+    with pytest.raises(ValueError, match=r"out has dtype uint8, .* labels \[0, 300\]"):
+        far.predict(images[:1], out=np.empty((30, 9), np.uint8))
+
+
+def test_slides_are_learned_from_too(data, fitted, monkeypatch):
+    X, masks = data
+    slides = [open_slide(image) for image in X]
+    expected = fitted.predict_proba(X)
+    np.testing.assert_array_equal(tiny().fit(slides, masks).predict_proba(X), expected)
+    monkeypatch.setattr("diffaugkit.segmentation_data._KEPT_VALUES", 0)  # patch by patch
+    np.testing.assert_array_equal(tiny().fit(slides, masks).predict_proba(X), expected)
+
+
+def test_slides_that_cannot_be_read(data, fitted, tmp_path):
+    (tmp_path / "broken.svs").write_bytes(b"no slide at all")
+    alpha = Own(np.zeros((20, 20, 4), np.uint8))
+    X, masks = data
+    for given, message in (
+        ([X[0], "nowhere.svs"], r"Row 1 of X: Slide nowhere\.svs cannot be read: there is no file"),
+        ([tmp_path / "broken.svs"], r"Row 0 of X: Slide .*broken\.svs cannot be read: .*slide: "),
+        ([X[0], alpha], r"The slide in row 1 cannot be read: it has a region .* \(20, 20, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fitted.predict(given)
+    with pytest.raises(TypeError, match=r"X is one slide: give a list of slides, \[X\] for one"):
+        fitted.predict(open_slide(X[0]))
+    with pytest.raises(ValueError, match="in X have 3 channels, but DiffusionSegmenter was fitted"):
+        tiny().fit(X[..., 0], masks).predict([open_slide(X[0])])
+
+
+def test_long_predictions_show_their_progress(data, fitted, capsys):
+    fitted.predict(data[0])
+    assert not capsys.readouterr().err
+    loud = copy.copy(fitted).set_params(verbose=1)
+    loud.predict(data[0])
+    assert "prediction" in capsys.readouterr().err
+
+
+# ---- labels --------------------------------------------------------------------------------------
 
 
 def test_batch_independence(data, fitted):
