@@ -32,6 +32,8 @@ _DEFAULT_NEIGHBORS = 30
 # Vectors that are few, for which the defaults hold networks back from learning them by heart.
 FEW_ROWS = 1_000
 _ROWS_LOOKED_AT = 4_096
+# Of the variance that one column of vectors may have before a fit warns.
+_MOST_SHARE = 0.95
 # Attributes of an encoder fitted on vectors, None after a fit on images.
 _OF_VECTORS = ("mean_", "components_", "scale_")
 
@@ -403,7 +405,22 @@ def _copy_weights(source, module):
 def _fit_space(rows, n_pcs):
     """Mean, components or None, and the one scale that gives the input unit variance on average."""
     mean, components, std = linear_space(rows, n_pcs)
+    _warn_of_one_column(components, std)
     return mean, components, float(np.sqrt(np.mean(std**2))) or 1.0
+
+
+def _warn_of_one_column(components, std):
+    """Warn where the variance is nearly all of one column: it alone decides what is alike."""
+    shares = std**2 / (np.sum(std**2) or 1.0)
+    if components is not None:
+        shares = shares[0] * components[0] ** 2
+    column = int(shares.argmax())
+    if len(std) > 1 and shares[column] > _MOST_SHARE:
+        warn(
+            f"Column {column} of X (counted from 0) has {shares[column]:.1%} of the variance of "
+            f"all {len(shares)}, so that it decides nearly alone which samples are alike. Where "
+            "columns have units of their own, put sklearn.preprocessing.StandardScaler in front."
+        )
 
 
 def _warn_of_far_rows(inputs):

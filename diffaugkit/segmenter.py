@@ -21,7 +21,7 @@ import torch
 from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
-from diffaugkit.arrays import strips
+from diffaugkit.arrays import some, strips, warn
 from diffaugkit.base import Interval, StrOptions, _fit_context, all_or_nothing
 from diffaugkit.image_rows import to_unit
 from diffaugkit.pretrained_unet import PretrainedUNet
@@ -34,6 +34,8 @@ from diffaugkit.segmentation_tiles import predict_strips
 __all__ = ["DiffusionSegmenter"]
 
 _LOSSES = ("ss_focal", "ss", "focal", "cross_entropy")
+# Labels from which on masks are taken for numbers of objects, unless they are named.
+_USUAL_CLASSES = 20
 
 
 class DiffusionSegmenter(PretrainedUNet):
@@ -464,6 +466,12 @@ class DiffusionSegmenter(PretrainedUNet):
                 raise ValueError(
                     f"The masks hold no more than one class, {named}: at least two are needed, as "
                     "object and background. Name all that masks may hold with classes=."
+                )
+            if self.classes is None and _USUAL_CLASSES < len(named) < IGNORED:
+                warn(
+                    f"The masks hold {len(named)} labels, {some(named)}, and each is learned as a "
+                    "class. If these are numbers of objects, give masks > 0; if they are classes, "
+                    "name them with classes=."
                 )
             if len(named) >= IGNORED:
                 raise ValueError(

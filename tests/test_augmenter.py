@@ -395,7 +395,7 @@ def test_many_classes_are_not_warned_of(data, frozen):
 
 
 def test_quality_report_of_few_samples_from_many_rows():
-    X, y = make_blobs(2_500, n_features=4, centers=2, random_state=0)
+    X, y = make_blobs(5_000, n_features=4, centers=2, random_state=0)
     frozen = FrozenEstimator(EmbeddingConditionedDiffusion(PCA(2), width=8, max_epochs=1).fit(X))
     made = {0: int(np.sum(y == 0)) + 30, 1: int(np.sum(y == 1))}
     model = tiny(frozen, sampling_strategy=made, min_confidence=None, min_copy_ratio=None)

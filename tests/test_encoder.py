@@ -428,6 +428,19 @@ def test_collapse_of_vectors_is_warned_of(blobs, monkeypatch):
         SelfSupervisedEncoder(max_epochs=1, random_state=0).fit(blobs[0])
 
 
+@pytest.mark.parametrize("n_pcs", [None, 50])
+def test_one_column_of_all_the_variance_is_warned_of(blobs, n_pcs):
+    X = blobs[0].copy()
+    encoder = SelfSupervisedEncoder(max_epochs=1, random_state=0, n_pcs=n_pcs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.fit(X)
+    X[:, 2] *= 1000
+    with pytest.warns(UserWarning, match=r"Column 2 of X .* 100\.0% .*StandardScaler") as seen:
+        encoder.fit(X)
+    assert seen[0].filename == __file__
+
+
 def test_a_folder_of_checkpoints_is_no_place_for_a_model(blobs, tmp_path):
     encoder = SelfSupervisedEncoder(max_epochs=1, random_state=0, checkpoint_dir=tmp_path)
     with pytest.raises(ModelFileError, match="holds the checkpoints of a fit"):

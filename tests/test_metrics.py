@@ -553,6 +553,27 @@ def test_quality_report_equals_its_parts(blobs):
     ax.figure.canvas.draw()
 
 
+def test_quality_report_compares_with_the_classes_that_were_generated():
+    X = np.concatenate([normal(200, 4), normal(20, 4) + 3])
+    y = np.repeat(["usual", "rare"], [200, 20])
+    source = 200 + np.arange(40) % 20
+    generated = X[source] + 0.3 * normal(40, 4)
+    report = quality_report(X, generated, source, labels=y, n_neighbors=5)
+    alone = quality_report(X[200:], generated, source - 200)
+    for name in ("frechet_distance", "precision", "recall", "spread_ratio", "n_real"):
+        assert getattr(report, name) == getattr(alone, name), name
+    assert report.n_real == 20
+    # All classes vote, and copies of all are found.
+    assert report.copy_ratio == copy_ratio(X, generated, source)
+    every = quality_report(X, X, np.arange(220), labels=y, n_neighbors=5)
+    assert report.real_label_consistency < every.real_label_consistency
+    copies = quality_report(X, X[source], source, labels=y, n_neighbors=5)
+    assert copies.label_consistency == copies.real_label_consistency
+    # Too few of a class to be compared with.
+    few = quality_report(X, generated, np.full(40, 219), labels=np.arange(220) == 219)
+    assert few.n_real == 220
+
+
 def test_effective_diversity():
     X = normal(200, 5)
     assert effective_diversity(X, X) == pytest.approx(1.0)

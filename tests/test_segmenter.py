@@ -271,6 +271,17 @@ def test_keep_best():
     assert (kept.restore().weight == 1).all()
 
 
+def test_masks_of_objects_are_warned_of(data):
+    X, masks = data
+    numbered = [mask.astype(int) * (1 + row % 3) for row, mask in enumerate(masks)]
+    numbered[0][:3] = np.arange(3 * numbered[0].shape[1]).reshape(3, -1) % 24
+    with pytest.warns(UserWarning, match=r"masks hold 24 labels, 0, 1, 2, 3, 4, .*give masks > 0"):
+        tiny(max_epochs=1, diffusion=None).fit(X, numbered)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny(max_epochs=1, diffusion=None, classes=range(24)).fit(X, numbered)
+
+
 def test_where_no_epoch_finds_anything_the_last_is_kept(data, monkeypatch):
     X, masks = data
     model = tiny(max_epochs=3, validation_fraction=0.4, diffusion=None)

@@ -200,6 +200,10 @@ def quality_report(
     drawn ones, for copies and for labels, are sought among all real samples: a copy of any of
     them is found. So the cost is linear in the number of samples.
 
+    With `labels` like is compared with like: real samples of classes from which nothing was
+    generated, as by an augmenter of the rare ones, are left out, unless fewer than 6 remain. They
+    still vote, and copies of them are found.
+
     Label consistency is cross-fitted: the real samples are split into folds, and the real *and*
     the generated samples of a fold (those whose source lies in it) are judged by the other folds
     alone. So no sample has its own source among its voters, and copies score exactly what real
@@ -265,8 +269,15 @@ or None, default=None
     real, generated = check_pair(real, generated, min_samples=2)
     if source is not None:
         source = source_rows(source, real, len(generated))
+    compared = np.arange(len(real))
+    if labels is not None:
+        classes, codes = check_labels(labels, n=len(real), name="labels")
+        if source is not None:
+            of_generated = np.flatnonzero(np.isin(codes, codes[source]))
+            compared = of_generated if len(of_generated) > 5 else compared
     # By one seed: equally many of both, as samples and their sources, are drawn alike.
-    rows, picked = (report_rows(len(x), random_state, max_samples) for x in (real, generated))
+    rows, picked = (report_rows(len(x), random_state, max_samples) for x in (compared, generated))
+    rows = compared[rows]
     everything, real, generated = real, real[rows], generated[picked]
     place = None
     if source is not None:
@@ -276,7 +287,6 @@ or None, default=None
         place = place[source]
     consistency = real_consistency = by_class = None
     if labels is not None:
-        classes, codes = check_labels(labels, n=len(everything), name="labels")
         if source is not None:
             by_class = {
                 name: frechet_distance(real[codes[rows] == code], generated[codes[source] == code])
