@@ -302,6 +302,8 @@ def test_a_pretrained_network_serves_as_it_is(hub, kind, monkeypatch, tmp_path):
     folder, model = hub
     pretrained = f"local-dir:{folder}"
     if kind == "hf-hub":
+        if not timm.models._hub.has_hf_hub():
+            pytest.skip("this timm is too old for this version of huggingface_hub")
         in_cache(folder, monkeypatch, tmp_path)
         pretrained = "hf-hub:owner/name"
     X = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
