@@ -904,9 +904,9 @@ class SelfSupervisedEncoder(TorchTransformer):
             bar.update(min(size, bar.total - bar.n))  # the last batch is filled up
             return y
 
-        silent = {"leave": False, "delay": 2}
-        with progress_bar(self.verbose, len(inputs), "embedding", "row", **silent) as bar:
-            return sample_in_batches(run, len(inputs), size).numpy()
+        n = len(inputs)
+        with progress_bar(self.verbose, n, "embedding", "row", leave=False, delay=2) as bar:
+            return sample_in_batches(run, n, size).numpy()
 
     @property
     def _n_features_out(self):

@@ -426,6 +426,11 @@ class GenSIS(TorchTransformer):
                 f"{type(fresh).__name__} cannot learn from generated images: give a "
                 "SelfSupervisedEncoder, or FrozenEstimator(...) of a fitted one."
             )
+        if fresh.max_epochs == 0:
+            raise ValueError(
+                "The second encoder learns from generated images, which max_epochs=0 does not: "
+                "give the encoder max_epochs of at least 1, or 'auto'."
+            )
         if isinstance(vanilla, FrozenEstimator):
             check_is_fitted(vanilla)
         # The same seed for both: the baseline differs in what it sees, and in nothing else.

@@ -388,6 +388,7 @@ def test_save_and_load(X, fitted, tmp_path):
         ({"alpha": (0.5, 1.0)}, r"alpha=\(0.5, 1.0\) must be in \(0, 1\)"),
         ({"alpha": ()}, "alpha"),
         ({"encoder": FrozenEstimator(PCA())}, "cannot learn from generated images"),
+        ({"encoder": SelfSupervisedEncoder("dino", max_epochs=0)}, "which max_epochs=0 does not"),
         ({"diffusion": EmbeddingConditionedDiffusion(denoiser="mlp")}, "does not take images"),
         ({"diffusion": HistoDiffusionAugmenter()}, "does not generate images from embeddings"),
     ],
