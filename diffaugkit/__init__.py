@@ -22,6 +22,7 @@ _HOMES = {
     "DiffAugEM": "diffaug_em",
     "DiffusionDetector": "detector",
     "DiffusionSegmenter": "segmenter",
+    "EarlyStopping": "training",
     "EmbeddingConditionedDiffusion": "embedding_diffusion",
     "EmbeddingDisplay": "plotting",
     "GenSIS": "gen_sis",

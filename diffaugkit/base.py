@@ -138,7 +138,7 @@ class TorchEstimator(BaseEstimator):
         With ``random_state=None`` the seed is then 0: another start could not go on otherwise.
     callbacks : callable, list of callables or None, default=None
         ``callback(epoch, history)`` after each epoch; True stops the fit, or, in an estimator of
-        several phases, the phase that is running.
+        several phases, the phase that is running. :class:`~diffaugkit.EarlyStopping` is one.
     """
 
     _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's form)

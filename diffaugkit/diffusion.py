@@ -34,6 +34,9 @@ WEIGHTINGS = ("uniform", "p2", "min_snr")
 NORMS = ("l2", "l1")
 
 _BETA_RANGE = (1e-4, 0.02)  # of DDPM, made for 1 000 timesteps
+# Amplitude of the sample at which a predicted noise is first trusted, where the last level has less
+# than the other: the error of the clean sample is that of the noise divided by the amplitude.
+_TRUSTED_SIGNAL, _LEAST_SIGNAL = 0.04, 0.005
 
 
 class Diffusion(nn.Module):
@@ -319,6 +322,12 @@ class Diffusion(nn.Module):
         ------
         ValueError
             For an unknown sampler, parameters out of range, or a missing `step_noise`.
+
+        Notes
+        -----
+        The cosine schedule leaves the sample 0.005 % of its amplitude at the last level, where the
+        error of a predicted noise counts 20 000 times in the clean sample. Where nothing bounds
+        that (`clip`), a run with "epsilon" begins at the last level with 4 % instead.
         """
         _check_name("sampler", sampler, SAMPLERS)
         if not 0.0 <= eta <= 1.0 or (eta and sampler != "ddim"):
@@ -334,6 +343,10 @@ class Diffusion(nn.Module):
         timesteps = self.timesteps(n_steps, strength)
         if strength == 0.0:
             return x_start.clone()
+        if self.prediction_type == "epsilon" and clip is None:
+            planned, timesteps = timesteps, self._trusted(timesteps)
+            for _ in planned[len(timesteps) :] if progress is not None else ():
+                progress()
 
         scheduler = self._scheduler(sampler, timesteps)
         denoise = classifier_free(denoiser, guidance_scale)
@@ -350,6 +363,14 @@ class Diffusion(nn.Module):
                 if progress is not None:
                     progress()
         return x
+
+    def _trusted(self, timesteps):
+        """Timesteps without those at which a predicted noise says nothing of the sample."""
+        signal = self._alpha_bar64.sqrt()
+        if signal[-1] >= _LEAST_SIGNAL:
+            return timesteps
+        first = max(0, int((signal >= _TRUSTED_SIGNAL).sum()) - 1)
+        return list(dict.fromkeys(min(t, first) for t in timesteps))
 
     def _clipped(self, denoise, bound):
         """Denoiser whose predictions stand for clean samples within the bound."""

@@ -116,8 +116,9 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
     beta_schedule : {"cosine", "linear", "scaled_linear"}, default="cosine"
         Noise schedule. The paper's is linear.
     prediction_type : {"v_prediction", "epsilon", "sample"}, default="v_prediction"
-        What the network predicts. The paper's epsilon gives vectors of too large a spread: take it
-        with a linear schedule, as the cosine one multiplies its first error by thousands. Measured
+        What the network predicts. The paper's epsilon gives vectors of too large a spread; with the
+        cosine schedule, which multiplies its first error by thousands, a run that nothing bounds
+        (vectors, latents) begins where 4 % of the sample's amplitude is left. Measured
         on 14 x 14 digits after 282 steps (Frechet distance in 50 components, two real sets 1.9):
         v 1.4, sample 1.5, epsilon with a linear schedule 2.3, or 3.4 without `clip_sample`.
     loss_weighting : {"uniform", "p2", "min_snr"}, default="uniform"

@@ -470,7 +470,8 @@ class SelfSupervisedEncoder(TorchTransformer):
             is the share of the first. "pixels" blends random pairs of `X` evenly instead, the
             ablation of the paper's Table 11.
         groups : array-like of shape (n_samples,) or None
-            Slide, patient or other origin of each image: partners must be of another group.
+            Slide, patient or other origin of each image: partners in `interpolations` must be of
+            another group. Without interpolations there is nothing that they could say.
 
         Returns
         -------
@@ -490,7 +491,12 @@ class SelfSupervisedEncoder(TorchTransformer):
         self._check_options()
         rows = self._check_fit_input(X)
         images = rows.is_image
-        check_groups(groups, len(rows))
+        if check_groups(groups, len(rows)) is not None and interpolations is None:
+            raise ValueError(
+                "groups say from where the partners of interpolations come, but there are no "
+                "interpolations: the fit would not look at groups. It does not correct for batches "
+                "or donors; do that before, or leave groups out."
+            )
         if len(getattr(positives, "shape", ())) >= 2:
             raise ValueError(
                 f"positives of shape {tuple(positives.shape)} is one set of views: give a list of "

@@ -19,12 +19,14 @@ import copy
 import math
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from diffaugkit.arrays import warn
 from diffaugkit.persistence import (
     ModelFileError,
     check_target,
@@ -45,7 +47,7 @@ from diffaugkit.runtime import (
     tf32,
 )
 
-__all__ = ["NonFiniteLossError", "auto_epochs", "fit_loop", "scheduled_rate"]
+__all__ = ["EarlyStopping", "NonFiniteLossError", "auto_epochs", "fit_loop", "scheduled_rate"]
 
 # The stream of a seed from which batches draw; `batches` has another.
 _STEP = 1
@@ -85,6 +87,81 @@ class NonFiniteLossError(FloatingPointError):
     def __reduce__(self):  # noqa: D105
         # From the worker of a parallel search it comes home pickled.
         return type(self), (*self.args, self.epoch, self.batch), vars(self)
+
+
+# ---- when to stop --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Callback that stops a fit, or the phase that is running, when a number no longer gets better.
+
+    It looks at the history alone and keeps no state, so a fit that was killed and goes on from its
+    ``checkpoint_dir`` stops at the same epoch. The learning rate falls over all of `max_epochs`: a
+    fit that stops early ends at a higher rate than one of fewer epochs does. A model keeps the
+    weights of the last epoch; ``DiffusionSegmenter`` keeps those of the best where it validates.
+
+    Parameters
+    ----------
+    monitor : str, default="loss"
+        Column of ``history_``: "loss", "validation_dice" of a segmenter, or what another callback
+        that stands before this one in the list adds to ``history[-1]``. A phase whose history
+        lacks it is not stopped, which a warning says.
+    patience : int, default=10
+        Epochs in a row without a better value after which the fit stops, at least 1. Means over an
+        epoch are noisy where it has few batches.
+    min_delta : float, default=0.0
+        By how much a value must be better to count, at least 0, in units of the column.
+    mode : {"min", "max"}, default="min"
+        Whether smaller or larger is better.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of its range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from diffaugkit import EarlyStopping, SelfSupervisedEncoder
+    >>> X = np.random.default_rng(0).normal(size=(60, 8))
+    >>> stop = EarlyStopping(patience=2, min_delta=100.0)
+    >>> encoder = SelfSupervisedEncoder(max_epochs=50, callbacks=[stop], random_state=0).fit(X)
+    >>> encoder.n_iter_
+    3
+    """
+
+    monitor: str = "loss"
+    patience: int = 10
+    min_delta: float = 0.0
+    mode: str = "min"
+
+    def __post_init__(self):  # noqa: D105
+        if self.patience < 1:
+            raise ValueError(f"patience={self.patience!r}: must be at least 1.")
+        if not self.min_delta >= 0:
+            raise ValueError(f"min_delta={self.min_delta!r}: must be at least 0.")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"mode={self.mode!r} is not known; use 'min' or 'max'.")
+
+    def __call__(self, epoch, history):
+        """Whether to stop after epoch number `epoch`, given the rows of the history until then."""
+        values = [row[self.monitor] for row in history if self.monitor in row]
+        if not values:
+            if len(history) == 1:
+                warn(
+                    f"EarlyStopping looks at {self.monitor!r}, which this history lacks; it has "
+                    f"{', '.join(history[0])}. This phase runs to its end."
+                )
+            return False
+        sign = 1.0 if self.mode == "min" else -1.0
+        best, since = math.inf, 0
+        for value in values:
+            if sign * value < best - self.min_delta:
+                best, since = sign * value, 0
+            else:
+                since += 1
+        return since >= self.patience
 
 
 # ---- schedule and averages -----------------------------------------------------------------------

@@ -837,8 +837,12 @@ def test_what_is_no_set_of_images_is_named(tmp_path):
         encoder.fit(image.fromarray(X[0]))
     with pytest.raises(ValueError, match=r"one set of views: give a list .* positives=\[views\]"):
         encoder.fit(X, positives=X)
-    with pytest.raises(ValueError, match="groups"):
+    with pytest.raises(ValueError, match="groups and X have inconsistent lengths: 3 and 12"):
         encoder.fit(X, groups=np.zeros(3))
+    with pytest.raises(ValueError, match="there are no interpolations"):
+        encoder.fit(X, groups=np.arange(12))
+    with pytest.raises(ValueError, match="does not correct for batches"):
+        SelfSupervisedEncoder().fit(X.reshape(12, -1) / 255, groups=np.arange(12))
     whole = encoder.fit(X).transform(X)
     np.testing.assert_allclose(encoder.transform((X / 255).tolist()), whole, atol=1e-4)
     with pytest.raises(ValueError, match="method was set to 'dino' after a fit with another"):

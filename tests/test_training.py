@@ -29,7 +29,13 @@ from diffaugkit.runtime import (
     resolve_device,
     resolve_precision,
 )
-from diffaugkit.training import NonFiniteLossError, auto_epochs, fit_loop, scheduled_rate
+from diffaugkit.training import (
+    EarlyStopping,
+    NonFiniteLossError,
+    auto_epochs,
+    fit_loop,
+    scheduled_rate,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -459,6 +465,49 @@ def test_a_callback_stops(toy):
     _, history = train(toy, max_epochs=5, callbacks=[callback, lambda *_: None])
     assert len(history) == 2
     assert seen == [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "stops_after"),
+    [
+        ([5, 4, 3, 3, 3, 3], {"patience": 2}, 5),
+        ([5, 4, 3.9, 3.8, 3.7, 3.6], {"patience": 3, "min_delta": 0.5}, 5),
+        ([5, 4, 3.6, 3.2, 3.0, 2.6], {"patience": 3, "min_delta": 0.5}, None),
+        ([1, 2, 3, 2, 2, 4], {"patience": 2, "mode": "max"}, 5),
+        ([1, 2, 3, 2, 4, 3], {"patience": 2, "mode": "max"}, None),
+        ([3, np.nan, np.nan, 1, 1, 1], {"patience": 2}, 3),
+    ],
+)
+def test_early_stopping_waits_for_its_patience(values, options, stops_after):
+    stop = EarlyStopping("score", **options)
+    history = [{"epoch": n, "loss": 0.0, "score": value} for n, value in enumerate(values)]
+    asks = [n for n in range(1, 7) if stop(n - 1, history[:n])]
+    assert (asks[0] if asks else None) == stops_after
+
+
+def test_early_stopping_in_a_fit_that_was_killed(toy, tmp_path):
+    stop = EarlyStopping(patience=1, min_delta=10.0)
+    first = interrupted(toy, None, callbacks=stop)
+    assert len(first[2]) == 2
+    with pytest.raises(Killed):
+        interrupted(toy, tmp_path, at=8, callbacks=stop)
+    again = interrupted(toy, tmp_path, callbacks=stop)
+    assert again[3] < 12
+    assert same(first[0], again[0])
+    assert first[2] == again[2]
+
+
+def test_early_stopping_says_what_it_cannot_see(toy):
+    with pytest.warns(UserWarning, match="looks at 'accuracy', which .* has epoch, loss") as seen:
+        _, history = train(toy, max_epochs=3, callbacks=EarlyStopping("accuracy", patience=1))
+    assert len(history) == 3
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"patience": 0}, {"min_delta": -1.0}, {"mode": "least"}])
+def test_early_stopping_names_wrong_parameters(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        EarlyStopping(**wrong)
 
 
 def test_progress_bar(toy, capsys):
