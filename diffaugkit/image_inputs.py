@@ -211,7 +211,8 @@ def check_is_image(estimator, rows):
     if not rows.is_image:
         raise ValueError(
             f"{type(estimator).__name__} takes images, but X has vectors, shape {rows.shape}: give "
-            "image_shape=(height, width, channels) if its rows are flattened images."
+            "image_shape=(height, width, channels) if its rows are flattened images, or X[None] if "
+            "it is one greyscale image."
         )
 
 

@@ -617,7 +617,7 @@ def test_bad_input_is_refused_and_leaves_the_fit(X, diffusion, fitted):
         tiny().score(X, X[..., 0])
     with pytest.raises(NotFittedError):
         tiny(FrozenEstimator(tiny_diffusion())).fit(X)
-    with pytest.raises(ValueError, match="takes images"):
+    with pytest.raises(ValueError, match=r"takes images.* X\[None\] if it is one greyscale image"):
         tiny().fit(np.random.default_rng(0).normal(size=(20, 5)))
     with pytest.raises(ValueError, match=r"was fitted on \(12, 10, 1\)"):
         fitted.predict(X[:, :8])

@@ -96,7 +96,8 @@ def kernel_distance(
     The kernel is :math:`(x \cdot y / d + 1)^3` for d features. All pairs are used rather than
     the random subsets of the usual implementation: the same expectation, no variance added. Time
     grows with the square of the number of samples (20 000 of both take seconds, 300 000 an hour),
-    memory does not: draw a few thousand rows of large sets.
+    memory does not: draw a few thousand rows of large sets. The kernel has no scale of its own, and
+    columns of values in the hundreds, cubed, drown the rest: standardise raw tables first.
 
     Parameters
     ----------
