@@ -211,7 +211,7 @@ def soft_contrastive(
         High-dimensional embeddings of the two views; row i of both comes from sample i.
     z_a, z_b : Tensor of shape (B, n_low)
         Low-dimensional embeddings of the same views.
-    nu, nu_low : float
+    nu, nu_low : float, default=100.0 and 0.1
         Degrees of freedom of the kernel in y and in z.
     kernel : {"squared_t", "t", "unit_t"}, default="squared_t"
         See :func:`t_similarity`.

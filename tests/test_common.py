@@ -28,7 +28,9 @@ from diffaugkit import (
     SelfSupervisedEncoder,
 )
 from diffaugkit.base import TorchEstimator
+from diffaugkit.metrics import WeightedKNNClassifier
 from diffaugkit.rows import DenseRows
+from diffaugkit.slides import Slide
 
 ENCODER = {"hidden_sizes": (8,), "n_components": 4, "n_pcs": 6, "max_epochs": 2}
 DIFFUSION = {"width": 8, "n_blocks": 1, "n_pcs": 6, "n_sampling_steps": 2, "max_epochs": 2}
@@ -133,26 +135,60 @@ def test_public_names_import(name):
     assert name in dir(diffaugkit)
 
 
-@pytest.mark.parametrize(
-    "kind", [SelfSupervisedEncoder, EmbeddingConditionedDiffusion, DiffAugEM, CellPreprocessor]
-)
+PUBLIC = [getattr(diffaugkit, name) for name in sorted(diffaugkit._HOMES)]
+ESTIMATORS = [
+    kind
+    for kind in PUBLIC
+    if isinstance(kind, type) and issubclass(kind, sklearn.base.BaseEstimator)
+]
+OTHERS = [kind for kind in PUBLIC if isinstance(kind, type) and kind not in ESTIMATORS]
+
+
+def documented(kind):
+    """Check that each parameter has its line in the docstring, with the default that it has."""
+    for name, parameter in inspect.signature(kind).parameters.items():
+        # "name, other : type, default=value": what the documentation says is what the code does.
+        # Without a type a line refers to where a group of parameters is described.
+        pattern = rf"^    ((?:\w+, )*{name}(?:, \w+)*)(?: : (.*))?$"
+        line = re.search(pattern, kind.__doc__, re.MULTILINE)
+        assert line, name
+        names = line[1].split(", ")
+        if line[2] and "default=" in line[2]:
+            stated = line[2].partition("default=")[2].replace("`", "").split(" and ")
+            stated = stated[names.index(name)] if len(stated) > 1 else stated[0]
+            assert ast.literal_eval(stated) == parameter.default, name
+        elif line[2]:
+            assert parameter.default is parameter.empty, f"the default of {name} is not stated"
+
+
+def test_these_are_all_the_estimators():
+    names = {kind.__name__ for kind in ESTIMATORS}
+    listed = (Path(__file__).parent.parent / "docs/api.md").read_text()
+    listed = listed.partition("## Estimators\n")[2].partition("\n## ")[0]
+    assert names == set(re.findall(r"^   (\w+)$", listed, re.MULTILINE))
+    assert len(names) == 12
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
 def test_every_parameter_is_documented_constrained_and_stored(kind):
+    documented(kind)
     names = list(inspect.signature(kind).parameters)
-    for name in names:
-        assert name in kind.__doc__, name
     constraints = kind._parameter_constraints
     assert set(constraints) == set(names)
     defaults = kind()
     for name, parameter in inspect.signature(kind).parameters.items():
         assert getattr(defaults, name) is parameter.default
-        # "name, other : type, default=value": what the documentation says is what the code does.
-        line = re.search(rf"^    (?:\w+, )*{name}(?:, \w+)* : (.*)$", kind.__doc__, re.MULTILINE)
-        if line and "default=" in line[1] and " and " not in line[1]:
-            stated = line[1].partition("default=")[2].strip("`")
-            assert ast.literal_eval(stated) == parameter.default, name
     if issubclass(kind, TorchEstimator):
         common = {"batch_size", "learning_rate", "device", "precision", "compile", "random_state"}
         assert common | {"verbose", "checkpoint_dir", "callbacks"} <= set(names)
+
+
+@pytest.mark.parametrize("kind", [*OTHERS, Slide, WeightedKNNClassifier])
+def test_every_parameter_of_other_classes_is_documented(kind):
+    documented(kind)
+    if issubclass(kind, sklearn.base.BaseEstimator):
+        for name, parameter in inspect.signature(kind).parameters.items():
+            assert getattr(kind(), name) is parameter.default
 
 
 # ---- what methods return -------------------------------------------------------------------------

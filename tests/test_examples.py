@@ -1,6 +1,7 @@
 """The scripts of examples/ say what they need, and what is wrong, before any work."""
 
 import ast
+import json
 import re
 import runpy
 import sys
@@ -40,3 +41,32 @@ def test_docstring_names_the_extras_of_the_imports(script):
     assert len(imported & set(EXTRA)) > 0
     for module in imported & set(EXTRA):
         assert f"`{EXTRA[module]}`" in docstring, module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "written"),
+    [
+        ("detection", "--pretrain-epochs 1 --epochs 2", {"detection.png"}),
+        ("slides", "--slides 4 --epochs 1 --mil-epochs 2", {"slides.png", "slide.geojson"}),
+    ],
+)
+def test_quick_runs_write_what_the_docstring_says(
+    name, options, written, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("skimage")
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("Agg")
+    script = ROOT / f"examples/{name}.py"
+    assert re.search(
+        rf"python examples/{name}.py +# writes {' and '.join(sorted(written, reverse=True))}\n",
+        ast.get_docstring(ast.parse(script.read_text())) + "\n",
+    )
+    monkeypatch.setattr(sys, "argv", [script.name, "--folder", str(tmp_path), *options.split()])
+    runpy.run_path(str(script), run_name="__main__")
+    plt.close("all")
+    assert {path.name for path in tmp_path.iterdir()} == written
+    assert plt.imread(tmp_path / f"{name}.png")[..., :3].std() > 0.05
+    for path in tmp_path.glob("*.geojson"):
+        assert len(json.loads(path.read_text())["features"]) > 10
+    assert "all of it in" in capsys.readouterr().out
