@@ -5,8 +5,8 @@ Slides: one label each, and the tiles that decided
 Cut slides into tiles of tissue, learn vectors of tiles without labels, and from one label per
 slide a classifier of bags, whose attention says which tiles decided; hand them over to QuPath.
 The slides are made up: mosaics of pieces of the one tissue picture that scikit-image has, in which
-a positive slide has three pieces with brown stain among 27 without. Where they are, only the
-comparison at the end knows. Colour alone tells them apart: real slides are harder.
+a positive slide has two pieces that brown stain fills, among 28 that hold less. Where they are,
+only the comparison at the end knows. One colour tells them apart: real slides are harder.
 Takes about two minutes on two cores; needs the extras `images` and `plots`::
 
     python examples/slides.py      # writes slides.png and slide.geojson
@@ -39,7 +39,7 @@ if not os.access(args.folder, os.W_OK):  # said now, and not after minutes of wo
 
 # %%
 # Data: pieces of 64 x 64 pixels, by how much brown stain (DAB) they hold. A slide is 5 x 6 of them
-# on glass, turned at random, from the half that holds least; a positive one has three of the fifth
+# on glass, turned at random, from the half that holds least; a positive one has two of the fifth
 # that holds most. The picture's first and third quarter are for learning, the others for the test:
 # no pixel is on both sides.
 
@@ -54,7 +54,7 @@ rng = np.random.default_rng(0)
 def make_slide(quarters, positive):
     """Slide (384, 448, 3), and which of its 5 x 6 pieces are brown."""
     here, is_brown = np.isin(quarter, quarters), np.zeros(30, bool)
-    is_brown[rng.choice(30, 3, replace=False)] = positive
+    is_brown[rng.choice(30, 2, replace=False)] = positive
     picked = rng.choice(np.flatnonzero(here & plain), 30)
     picked[is_brown] = rng.choice(np.flatnonzero(here & brown), is_brown.sum())
     slide = np.full((384, 448, 3), 242, np.uint8)
