@@ -229,6 +229,19 @@ class TorchEstimator(BaseEstimator):
         """Seed of part `number` of a fit, in 0 to 2**32 - 1: fit for a ``random_state``."""
         return mix_seed(seed, _CHILD, number) % 2**32
 
+    def _hold_out(self, n, seed):
+        """Numbers of the rows to train on, and of those of `validation_fraction`, or None."""
+        if not self.validation_fraction:
+            return np.arange(n), None
+        n_held = round(self.validation_fraction * n)
+        if not n_held or n - n_held < 2:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction!r} holds out {n_held} of {n} rows: "
+                "it must hold out one at least and leave two to train on. Give more rows, or 0."
+            )
+        order = np.random.default_rng(self._child_seed(seed, 4)).permutation(n)
+        return np.sort(order[n_held:]), np.sort(order[:n_held])
+
     def _folder(self, name):
         """Folder of a part or a phase below `checkpoint_dir`; None without one."""
         folder = self.checkpoint_dir

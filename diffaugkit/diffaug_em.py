@@ -250,6 +250,8 @@ class DiffAugEM(TorchTransformer):
         self._check_map(encoder, diffusion, rows.is_image)
         if not isinstance(diffusion, FrozenEstimator):
             diffusion._check_parts(rows, conditional=True)
+            if self.joint and diffusion.validation_fraction:
+                raise ValueError("joint=True has no validation: set validation_fraction=0.")
         fitted = conditioner = positives = None
         history = []
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
-from sklearn.utils import check_array
+from sklearn.utils import _safe_indexing, check_array
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch import nn
 
@@ -67,7 +67,7 @@ from diffaugkit.image_rows import ImageRows, from_unit, to_unit
 from diffaugkit.metrics import nearest_training_samples
 from diffaugkit.metrics.checks import check_labels
 from diffaugkit.metrics.quality import own_report, report_rows
-from diffaugkit.rows import DenseRows, MappedRows
+from diffaugkit.rows import DenseRows, MappedRows, PickedRows
 from diffaugkit.runtime import isolated_rng, mix_seed, progress_bar, resolve_precision
 from diffaugkit.spaces import ComponentSpace, CopySpace, LatentSpace, PixelSpace, space_from_state
 from diffaugkit.training import auto_epochs
@@ -160,6 +160,13 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         (192, 384, 576, 960), with two layers per block.
     layers_per_block, n_attention_levels : int or "auto", default="auto"
         Residual blocks per level, and lowest levels with self-attention; "auto" is one each.
+    validation_fraction : float, default=0.0
+        Share of rows, in [0, 1), drawn at random, that nothing is learned from: no encoder, compact
+        space or autoencoder, and no denoiser; `sample` does not draw their
+        embeddings. The history then tells the loss on them, ``validation_loss``, with the averaged
+        weights and the same noise each time: where it rises while the loss falls, the model begins
+        to know its rows by heart. A frozen encoder, or given `embeddings`, may have seen them. 0
+        holds out nothing: few rows are wanted for training.
     layer : str or None, default=None
         Layer of an AnnData to read instead of ``.X``.
     max_epochs : int or "auto", default="auto"
@@ -186,7 +193,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
     image_shape_ : tuple of (int, int, int) or None
         Height, width and channels; None for vectors.
     history_ : DataFrame
-        One row per epoch: epoch, loss, learning_rate.
+        One row per epoch: epoch, loss, learning_rate, and validation_loss where rows were held out.
     n_iter_ : int
     n_features_in_ : int
     feature_names_in_ : ndarray, only if the names are strings
@@ -243,6 +250,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         "block_out_channels": [Widths(), StrOptions({"auto"})],
         "layers_per_block": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "n_attention_levels": [Interval(Integral, 0, None, closed="left"), StrOptions({"auto"})],
+        "validation_fraction": [Interval(Real, 0, 1, closed="left")],
         "layer": [str, None],
         **{
             name: [*TorchTransformer._parameter_constraints[name], StrOptions({"auto"})]
@@ -286,6 +294,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         block_out_channels="auto",
         layers_per_block="auto",
         n_attention_levels="auto",
+        validation_fraction=0.0,
         layer=None,
         max_epochs="auto",
         batch_size="auto",
@@ -322,6 +331,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         self.block_out_channels = block_out_channels
         self.layers_per_block = layers_per_block
         self.n_attention_levels = n_attention_levels
+        self.validation_fraction = validation_fraction
         self.layer = layer
         self.max_epochs = max_epochs
         self.batch_size = batch_size
@@ -373,12 +383,27 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
         )
         seed = self._seed()
         encoder = None
+        train, held = self._hold_out(len(rows), seed)
         self._check_parts(rows, embeddings is not None or self.encoder is not None)
         if embeddings is None and self.encoder is not None:
             encoder = self._make_encoder(seed)
-            given = _as_given(encoder, rows)
-            embeddings = self._fit_part(encoder, "encoder", given, y).transform(given)
-        state = self._prepare(rows, embeddings, seed=seed)
+            learned = rows if held is None else PickedRows(rows, train)
+            given = _as_given(encoder, learned)
+            if y is not None and held is not None:
+                y = _safe_indexing(y, train)
+            self._fit_part(encoder, "encoder", given, y)
+            given = given if held is None else _as_given(encoder, rows)
+            embeddings = encoder.transform(given)
+        validation = None
+        if held is None:
+            state = self._prepare(rows, embeddings, seed=seed)
+        else:
+            if embeddings is not None:
+                embeddings = _check_embeddings(embeddings)
+                _check_one_each(embeddings, rows)
+            parts = [None if embeddings is None else embeddings[k] for k in (train, held)]
+            state = self._prepare(PickedRows(rows, train), parts[0], seed=seed)
+            validation = state.held_out(PickedRows(rows, held), parts[1])
         module, history = self._fit_loop(
             state.module,
             state.loss,
@@ -389,6 +414,7 @@ class EmbeddingConditionedDiffusion(TorchTransformer):
             warmup=0.05,
             grad_clip=1.0,
             ema_decay=self.ema_decay,
+            validation=validation,
         )
         self.encoder_ = encoder
         return self._set_fitted(state, module, history)
@@ -955,10 +981,7 @@ class _Fit:
         n_condition = 0
         if embeddings is not None:
             embeddings = _check_embeddings(embeddings)
-            if len(embeddings) != len(rows):
-                raise ValueError(
-                    f"embeddings have {len(embeddings)} rows, but X has {len(rows)}: one each."
-                )
+            _check_one_each(embeddings, rows)
             if embeddings.ndim == 3 and not self.is_image:
                 raise ValueError(
                     f"embeddings have shape {embeddings.shape}: several tokens per row need the "
@@ -984,6 +1007,18 @@ class _Fit:
             batch_size=estimator._size("batch_size", self.is_image),
             seed=estimator._child_seed(seed, 2),
             device=device,
+        )
+
+    def held_out(self, rows, embeddings):
+        """Batches of rows that none of this was learned from."""
+        if embeddings is not None:
+            embeddings = standardise(embeddings, self.condition)
+        return make_batches(
+            self.space.encode(rows),
+            embeddings,
+            batch_size=self.batches.batch_size,
+            seed=self.batches.seed,
+            device=self.batches.device,
         )
 
     def look_at(self, rows, embeddings):
@@ -1082,6 +1117,13 @@ def _check_embeddings(embeddings):
     return check_array(
         embeddings, dtype=np.float32, input_name="embeddings", allow_nd=np.ndim(embeddings) == 3
     )
+
+
+def _check_one_each(embeddings, rows):
+    if len(embeddings) != len(rows):
+        raise ValueError(
+            f"embeddings have {len(embeddings)} rows, but X has {len(rows)}: one each."
+        )
 
 
 def _as_given(encoder, rows):

@@ -273,7 +273,8 @@ class TrainingCurveDisplay:
     figure_ : matplotlib Figure
         Figure of the axes.
     lines_ : list of matplotlib Line2D
-        One for every stretch of a phase.
+        One for every stretch of a phase; then, dashed, that of `validation_loss` where the history
+        of one phase has it.
     spans_ : list of matplotlib Patch
         The shaded stretches.
 
@@ -337,6 +338,8 @@ class TrainingCurveDisplay:
         self : TrainingCurveDisplay
             With `ax_` and `figure_`.
         """
+        import pandas as pd
+
         loss, phase, stretch = _read_history(self.history)
         self.figure_, self.ax_ = _axes(ax, figsize=(6.4, 3.6))
         kinds = list(dict.fromkeys(phase))
@@ -359,6 +362,12 @@ class TrainingCurveDisplay:
                 name = "_" + name
                 if len(kinds) > 1 and not joint:
                     self._shade(epochs[part], kind, color)
+        if len(kinds) == 1 and "validation_loss" in pd.DataFrame(self.history):
+            held_out = pd.DataFrame(self.history)["validation_loss"]
+            color = self._phase(kinds[0], kinds)[1]
+            named = {"color": color, "lw": 1.6, "ls": "--", "label": "validation loss"}
+            self.lines_ += self.ax_.plot(epochs, held_out, **named)
+            self.ax_.legend(handles=self.lines_, frameon=False)
         for axes, own in self._sides(kinds):
             self._dress(axes, loss[np.isin(phase, own)], own, kinds, log)
         self.ax_.set(xlabel="epoch", xlim=(0.5, len(loss) + 0.5))

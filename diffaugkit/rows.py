@@ -20,6 +20,7 @@ __all__ = [
     "BackedRows",
     "DenseRows",
     "MappedRows",
+    "PickedRows",
     "ResidentRows",
     "Rows",
     "SparseRows",
@@ -194,6 +195,31 @@ class Rows(ABC):
     def __getstate__(self):
         """Leave out what was computed from the data and can be computed again."""
         return {**self.__dict__, "_memo": {}}
+
+
+class PickedRows(Rows):
+    """Some rows of others, read as these are.
+
+    Parameters
+    ----------
+    rows : Rows
+        Where they are read.
+    index : ndarray of int of shape (m,)
+        Positions in `rows`, in ascending order, so that neighbours stay neighbours.
+    """
+
+    def __init__(self, rows, index):
+        super().__init__((len(index), *rows.shape[1:]), rows.feature_names)
+        self._rows, self._index = rows, np.asarray(index, dtype=np.int64)
+        for name in ("dtype", "pixel_range", "value_range", "layout", "in_memory", "origin"):
+            setattr(self, name, getattr(rows, name))
+        self.shuffle_block = rows.shuffle_block
+
+    def _read(self, index):
+        return self._rows.block(self._index[index])
+
+    def _named(self, position):
+        return self._rows._named(int(self._index[position]))
 
 
 class ResidentRows(Rows):

@@ -51,6 +51,8 @@ __all__ = ["EarlyStopping", "NonFiniteLossError", "auto_epochs", "fit_loop", "sc
 
 # The stream of a seed from which batches draw; `batches` has another.
 _STEP = 1
+# That from which validation draws, the same in each epoch.
+_VALIDATION = 5
 # On an accelerator every look at a loss waits for the device, so it happens this often.
 _LOOK_EVERY = 50
 # A killed fit loses no more work than this, however long an epoch is.
@@ -104,7 +106,8 @@ class EarlyStopping:
     Parameters
     ----------
     monitor : str, default="loss"
-        Column of ``history_``: "loss", "validation_dice" of a segmenter, or what another callback
+        Column of ``history_``: "loss", "validation_loss" where a generator holds rows out
+        (`validation_fraction`), "validation_dice" of a segmenter, or what another callback
         that stands before this one in the list adds to ``history[-1]``. A phase whose history
         lacks it is not stopped, which a warning says.
     patience : int, default=10
@@ -256,6 +259,7 @@ def fit_loop(
     compile=False,
     seed=0,
     after_step=None,
+    validation=None,
     callbacks=(),
     checkpoint_dir=None,
     checkpoint_every_steps=None,
@@ -308,6 +312,10 @@ def fit_loop(
         Seed of all that is drawn: batch k sees the default generators at a hash of (seed, k).
     after_step : callable or None, default=None
         ``after_step(step)`` after each optimiser step, from 0, without gradients.
+    validation : Batches or None, default=None
+        Held-out rows: the loss on them, in evaluation mode, with the average where `ema_decay` is
+        given and with the same draws each time, goes into the history after each epoch, before the
+        callbacks see it. Nothing of the fit is moved by it.
     callbacks : callable, iterable of callables or None, default=()
         ``callback(epoch, history)`` after each epoch; True stops the fit.
     checkpoint_dir : str, path-like or None, default=None
@@ -331,7 +339,7 @@ def fit_loop(
         The module, or the average where `ema_decay` is given; on the device, in evaluation mode.
     history : list of dict
         One per epoch: "epoch", "loss" (mean over the batches), "learning_rate" (of the last step)
-        and whatever else the loss logged.
+        and whatever else the loss logged; "validation_loss" where `validation` is given.
 
     Raises
     ------
@@ -393,10 +401,14 @@ def fit_loop(
         state = _State(module, average, optimizer, log)
         if checkpoint_dir is not None:
             settings |= {"steps_per_epoch": steps_per_epoch, "processes": processes.world}
+            if validation is not None:
+                settings["held_out"] = validation.fingerprint()
             settings = {**(identity or {}), **settings}
             state.open(Path(checkpoint_dir).expanduser() / "training", settings, batches)
             if state.stopped and all(getattr(c, "never_stops", False) for c in callbacks):
                 state.finished = state.epoch == max_epochs  # nobody asks to stop any more
+        if validation is not None:
+            _ = validation.steps_per_epoch  # refuses too few rows for the processes, before work
         good = _Snapshot(module)
         if compile:
             module.compile()
@@ -467,6 +479,11 @@ def fit_loop(
                 good.take()
                 cores.look()
                 state.history.append({"epoch": state.epoch, **means, "learning_rate": rate})
+                if validation is not None:
+                    live = module if average is None else average.module
+                    state.history[-1]["validation_loss"] = _loss_on(
+                        validation, loss_fn, module, live, good, seed, processes
+                    )
                 bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
 
                 # stop?
@@ -519,6 +536,28 @@ class _Step(nn.Module):
     def forward(self, *batch):
         losses = self._loss_fn(*batch)
         return losses if isinstance(losses, dict) else {"loss": losses}
+
+
+@torch.no_grad()
+def _loss_on(batches, loss_fn, module, weights, good, seed, processes):
+    """Mean loss of held-out rows under given weights; `good` holds the module's own, put back."""
+    try:
+        if weights is not module:
+            there, here = ([*m.parameters(), *m.buffers()] for m in (module, weights))
+            torch._foreach_copy_([tensor.detach() for tensor in there], here)
+        module.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for number, batch in enumerate(batches.epoch(0)):
+            batch = _on_device(batch, batches.device)
+            seed_generators(mix_seed(seed, _VALIDATION, number, processes.rank), batches.device)
+            losses = loss_fn(*batch)
+            loss = losses["loss"] if isinstance(losses, dict) else losses
+            sums += len(batch[0]) * torch.tensor([loss.item(), 1.0], dtype=torch.float64)
+    finally:
+        # Also what a loss moves beside weights, such as a queue, a centre or running statistics.
+        good.restore()
+    total, n = processes.mean(sums.to(batches.device, torch.float32)).tolist()
+    return total / n
 
 
 def _on_device(batch, device):

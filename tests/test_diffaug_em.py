@@ -402,6 +402,14 @@ def tiny_em_as_part():
     return WithSample()
 
 
+def test_joint_training_holds_nothing_out(blobs):
+    diffusion = tiny_diffusion(validation_fraction=0.2)
+    history = tiny(diffusion=diffusion).fit(blobs[0]).history_
+    assert history["validation_loss"].notna().sum() == (history["phase"] == "M").sum() > 0
+    with pytest.raises(ValueError, match="joint=True has no validation"):
+        tiny(diffusion=diffusion, joint=True).fit(blobs[0])
+
+
 def test_frozen_encoder_keeps_its_embedding(blobs):
     X = blobs[0]
     encoder = tiny_encoder(max_epochs=3, random_state=1).fit(X)

@@ -19,17 +19,19 @@ from torch import nn
 
 from diffaugkit import (
     DiffAugEM,
+    EarlyStopping,
     EmbeddingConditionedDiffusion,
     LatentAutoencoder,
     SelfSupervisedEncoder,
     load,
 )
 from diffaugkit import embedding_diffusion as diffusion_file
+from diffaugkit.batches import make_batches
 from diffaugkit.diffusion import BETA_SCHEDULES, PREDICTION_TYPES, SAMPLERS, WEIGHTINGS
 from diffaugkit.embedding_diffusion import interpolate_rows
 from diffaugkit.metrics import frechet_distance, spread_ratio
 from diffaugkit.rows import DenseRows
-from diffaugkit.runtime import isolated_rng
+from diffaugkit.runtime import isolated_rng, mix_seed
 
 ENCODER = {"hidden_sizes": (16,), "n_components": 4, "n_pcs": 6, "max_epochs": 2}
 TINY = {"width": 16, "n_blocks": 1, "n_pcs": 6, "n_sampling_steps": 3, "max_epochs": 2}
@@ -704,3 +706,62 @@ def test_few_vectors_are_generated_from_a_blurred_condition(shape, width, noise,
     np.testing.assert_array_equal(loaded.sample(given[:5]), samples)
     other = same.set_params(condition_noise=0.8).sample(given[:5])
     assert not np.array_equal(other, samples)
+
+
+def _small(**options):
+    options = {"max_epochs": 3, "width": 16, "n_blocks": 1, "random_state": 0} | options
+    return EmbeddingConditionedDiffusion(None, device="cpu", precision="fp32", **options)
+
+
+def test_validation_loss_is_that_of_held_out_rows_and_moves_nothing():
+    X = np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32)
+    model = _small(validation_fraction=0.25).fit(X)
+    train, held = model._hold_out(60, 0)
+    assert len(held) == 15
+    assert set(train) | set(held) == set(range(60))
+    assert not set(train) & set(held)
+    # The same as a fit that never saw those rows.
+    alone = _small().fit(X[train])
+    assert "validation_loss" not in alone.history_
+    assert (alone.history_["loss"] == model.history_["loss"]).all()
+    for ours, theirs in zip(model.module_.parameters(), alone.module_.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+    space = alone._space_of()
+    seed = alone._child_seed(alone._child_seed(0, 0), 0)  # another stream
+    order = make_batches(
+        space.encode(DenseRows(X[held])), batch_size=45, seed=model._child_seed(0, 2), device="cpu"
+    )
+    (x0,) = next(iter(order.epoch(0)))
+    values = []
+    for own in (mix_seed(0, 5, 0, 0), seed):
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(own)
+            values.append(alone._diffusion().loss(alone.module_, space.inside(x0))["loss"].item())
+    found = model.history_["validation_loss"].iloc[-1]
+    assert found == pytest.approx(values[0], rel=1e-5)
+    assert found != pytest.approx(values[1], rel=1e-5)
+
+
+def test_validation_loss_resumes_and_stops(tmp_path):
+    X = np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32)
+    whole = _small(validation_fraction=0.25).fit(X)
+
+    def kill(epoch, history):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _small(validation_fraction=0.25, checkpoint_dir=tmp_path, callbacks=kill).fit(X)
+    resumed = _small(validation_fraction=0.25, checkpoint_dir=tmp_path).fit(X)
+    assert resumed.history_.equals(whole.history_)
+    stop = EarlyStopping("validation_loss", patience=2, min_delta=100.0)
+    stopped = _small(validation_fraction=0.25, max_epochs=9, callbacks=stop).fit(X)
+    assert stopped.n_iter_ == 3
+
+
+def test_validation_needs_rows():
+    X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    for fraction in (0.01, 0.9):
+        with pytest.raises(ValueError, match="validation_fraction"):
+            _small(validation_fraction=fraction).fit(X)

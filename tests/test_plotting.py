@@ -395,3 +395,10 @@ def test_categories_of_numbers_and_dates_are_names(labels, names):
     assert len(display.figure_.axes) == 1  # no colour bar
     found = [text.get_text() for text in display.ax_.get_legend().get_texts()]
     assert found[: len(names)] == names
+
+
+def test_validation_loss_is_a_second_curve():
+    history = [{"loss": 2.0, "validation_loss": 2.5}, {"loss": 1.0, "validation_loss": 3.0}]
+    assert len(TrainingCurveDisplay([{"loss": 2.0}]).plot().lines_) == 1
+    lines = TrainingCurveDisplay(history).plot().lines_
+    assert [line.get_ydata().tolist() for line in lines] == [[2.0, 1.0], [2.5, 3.0]]
