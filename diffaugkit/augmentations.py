@@ -257,7 +257,7 @@ RECIPES = {
 }
 
 
-def image_recipe(augmentation, channels):
+def image_recipe(augmentation, channels, name="augmentation"):
     """Find the recipe that a parameter means.
 
     Parameters
@@ -267,6 +267,8 @@ def image_recipe(augmentation, channels):
         of a recipe: ``{"recipe": "natural", "flip": 0.0}``; without "recipe", of the automatic one.
     channels : int
         Channels of the images.
+    name : str, default="augmentation"
+        What the caller calls the parameter, for errors.
 
     Returns
     -------
@@ -278,40 +280,40 @@ def image_recipe(augmentation, channels):
         For an unknown name or value.
     """
     if isinstance(augmentation, ImageRecipe):
-        _check_values(vars(augmentation))
+        _check_values(vars(augmentation), name)
         return augmentation
     changes = dict(augmentation) if isinstance(augmentation, dict) else {"recipe": augmentation}
-    name = changes.pop("recipe", "auto")
-    if name == "auto":
-        name = "greyscale" if channels == 1 else "natural"
-    if name not in RECIPES:
+    base = changes.pop("recipe", "auto")
+    if base == "auto":
+        base = "greyscale" if channels == 1 else "natural"
+    if base not in RECIPES:
         raise ValueError(
-            f"augmentation={augmentation!r}: there is no recipe {name!r}; take 'auto', 'natural', "
+            f"{name}={augmentation!r}: there is no recipe {base!r}; take 'auto', 'natural', "
             "'greyscale', 'tissue', a dict, or a function from a batch to a batch."
         )
     known = ImageRecipe.__dataclass_fields__
     if unknown := sorted(set(changes) - set(known)):
         raise ValueError(
-            f"augmentation={augmentation!r}: {', '.join(unknown)} is no value of a recipe; these "
+            f"{name}={augmentation!r}: {', '.join(unknown)} is no value of a recipe; these "
             f"are: {', '.join(known)}."
         )
-    _check_values(changes)
+    _check_values(changes, name)
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
-    return replace(RECIPES[name], **changes)
+    return replace(RECIPES[base], **changes)
 
 
-def _check_values(changes):
+def _check_values(changes, name):
     for key, value in changes.items():
         n = np.size(ImageRecipe.__dataclass_fields__[key].default)
         values = np.atleast_1d(np.asarray(value, dtype=object))
         real = (isinstance(v, Real) and 0 <= v < math.inf for v in values.flat)
         if values.shape != (n,) or not all(real) or (n == 2 and values[0] > values[1]):
             form = {1: "a number", 2: "two numbers, the smaller first,", 3: "three numbers"}[n]
-            raise ValueError(f"augmentation: {key}={value!r} must be {form} of at least 0.")
+            raise ValueError(f"{name}: {key}={value!r} must be {form} of at least 0.")
         if key in _SHARES and values.max() > 1:
-            raise ValueError(f"augmentation: {key}={value!r}: shares and probabilities end at 1.")
+            raise ValueError(f"{name}: {key}={value!r}: shares and probabilities end at 1.")
         if key == "aspect" and values[0] == 0:
-            raise ValueError(f"augmentation: aspect={value!r} must be above 0.")
+            raise ValueError(f"{name}: aspect={value!r} must be above 0.")
 
 
 class ImageViews:
@@ -355,7 +357,7 @@ class ImageViews:
         recipe = image_recipe(self.augmentation, x.shape[1])
         scale = recipe.multicrop_scale if self.n_local else recipe.scale
         view = _crop(x, x.shape[2:], scale, recipe)
-        return _recolor(view, recipe, min(number, 1))
+        return recolor(view, recipe, min(number, 1))
 
     def local_view(self, x):
         """One small crop."""
@@ -363,7 +365,7 @@ class ImageViews:
         if callable(self.augmentation):
             return _crop(self._called(x), size, ImageRecipe.local_scale, ImageRecipe(flip=0))
         recipe = image_recipe(self.augmentation, x.shape[1])
-        return _recolor(_crop(x, size, recipe.local_scale, recipe), recipe, 2)
+        return recolor(_crop(x, size, recipe.local_scale, recipe), recipe, 2)
 
     def _called(self, x):
         return self.augmentation(x.clone())  # it may work in place, and each view begins anew
@@ -441,8 +443,22 @@ def _crop(x, size, scale, recipe):
     return view.clamp(-1.0, 1.0)
 
 
-def _recolor(x, recipe, number):
-    """Change stain, brightness, contrast, saturation, hue, grey, sharpness of views in [-1, 1]."""
+def recolor(x, recipe, number):
+    """Change stain, brightness, contrast, saturation, hue, grey, sharpness of views in [-1, 1].
+
+    Parameters
+    ----------
+    x : Tensor of shape (B, C, H, W)
+        Views; each gets changes of its own.
+    recipe : ImageRecipe
+        The changes.
+    number : {0, 1, 2}
+        Which of three values holds: of the first global view, the second, or local ones.
+
+    Returns
+    -------
+    Tensor of shape (B, C, H, W)
+    """
     unit = (x + 1) / 2
     if recipe.stain and x.shape[1] == 3:
         unit = _restain(unit, recipe.stain)

@@ -14,7 +14,7 @@ from diffaugkit.arrays import refuse_missing, to_numpy
 from diffaugkit.metrics.detection import check_boxes
 from diffaugkit.metrics.segmentation import check_objects, label_instances
 
-__all__ = ["BLANK", "boxes_from_masks", "flip_boxes", "patch_targets", "read_boxes"]
+__all__ = ["BLANK", "boxes_from_masks", "move_boxes", "patch_targets", "read_boxes"]
 
 # Class code of a box whose inside counts nowhere.
 BLANK = -1
@@ -190,15 +190,19 @@ def patch_targets(boxes, codes, patches, images):
     return out
 
 
-def flip_boxes(boxes, places, size):
+def move_boxes(boxes, places, size):
     """Move boxes (B, M, 4) with their images, of which `places` tells where the pixels went.
 
-    `places` (B, 1, H, W) are the numbers of the pixels after the flips; `size` is (H, W).
+    `places` (B, 1, H, W) are the numbers of the pixels after flips and turns; `size` is (H, W).
     """
     height, width = size
     corner = places[:, 0, 0, 0, None]
-    x0, y0, x1, y1 = boxes.unbind(dim=2)
     across, down = corner % width != 0, corner // width != 0
+    # Along a row after a quarter turn lie pixels of a column.
+    turned = places[:, 0, 0, -1:] // width != corner // width
+    boxes = torch.where(turned[..., None], boxes[..., [1, 0, 3, 2]], boxes)
+    across, down = torch.where(turned, down, across), torch.where(turned, across, down)
+    x0, y0, x1, y1 = boxes.unbind(dim=2)
     x0, x1 = torch.where(across, width - x1, x0), torch.where(across, width - x0, x1)
     y0, y1 = torch.where(down, height - y1, y0), torch.where(down, height - y0, y1)
     return torch.stack([x0, y0, x1, y1], dim=2)

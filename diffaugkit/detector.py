@@ -24,7 +24,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from diffaugkit.arrays import warn
 from diffaugkit.base import Interval, StrOptions, _fit_context, all_or_nothing
-from diffaugkit.detection_boxes import flip_boxes, patch_targets, read_boxes
+from diffaugkit.detection_boxes import move_boxes, patch_targets, read_boxes
 from diffaugkit.detection_head import (
     DetectionNetwork,
     StripBoxes,
@@ -74,8 +74,11 @@ class DiffusionDetector(PretrainedUNet):
     head_stride : int or "auto", default="auto"
         Distance of the places that predict a box, in pixels. "auto" is the power of two, at most
         16, that puts three to six of them along the side of the median training box.
-    augment : bool, default=True
-        Flip patches with their boxes, and jitter and blur their colours, as in the paper.
+    augment : bool, str or dict, default=True
+        True flips patches with their boxes, and jitters and blurs their colours, as in the paper.
+        ``"natural"``, ``"greyscale"``, ``"tissue"`` (quarter turns of square patches, jitter of the
+        stain), ``"auto"`` or a dict give the flips, turns and colours of a recipe, but no crops:
+        values as of `augmentation` of :class:`~diffaugkit.SelfSupervisedEncoder`.
     classes : array-like or None, default=None
         Labels that boxes may have. None takes those found. Give it where a training set may lack a
         class.
@@ -281,7 +284,7 @@ class DiffusionDetector(PretrainedUNet):
     def _finetune(self, network, images, targets, train, held, seed):
         """Phase two: the U-Net at t = 0 on images with boxes, best epoch on those held out."""
         truth, codes = targets
-        pixel_range = images.common_range()
+        pixel_range, recipe = images.common_range(), self._recipe()
         patches = PatchRows(images, train, self.patch_shape_, self._strides())
         of_patches = patch_targets([image["boxes"] for image in truth], codes, patches, images)
         batches = self._batches(patches, of_patches, seed=self._child_seed(seed, 3))
@@ -301,8 +304,8 @@ class DiffusionDetector(PretrainedUNet):
         def loss(x, target):
             x, boxes = to_unit(x, pixel_range), target[..., :4]
             if self.augment:
-                x, moved = vary_pairs(x, numbers.expand(len(x), -1, -1, -1))
-                boxes = flip_boxes(boxes, moved, size)
+                x, moved = vary_pairs(x, numbers.expand(len(x), -1, -1, -1), recipe)
+                boxes = move_boxes(boxes, moved, size)
             return detection_loss(module(x), places, boxes, target[..., 4], s)
 
         return self._train_with_labels(module, loss, batches, validation, seed, known)

@@ -17,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from diffaugkit.arrays import check_groups, warn
+from diffaugkit.augmentations import RECIPES, image_recipe
 from diffaugkit.base import HasMethods, Interval, StrOptions, TorchEstimator, Widths, described
 from diffaugkit.batches import make_batches
 from diffaugkit.data import check_X, warn_if_dim
@@ -63,7 +64,7 @@ class PretrainedUNet(TorchEstimator):
         "block_out_channels": [Widths(), StrOptions({"auto"})],
         "patch_size": [Interval(Integral, 1, None, closed="left"), tuple, StrOptions({"auto"})],
         "stride": [Interval(Integral, 1, None, closed="left"), tuple, StrOptions({"auto"})],
-        "augment": ["boolean"],
+        "augment": ["boolean", StrOptions({"auto", *RECIPES}), dict],
         "classes": ["array-like", None],
         "validation_fraction": [Interval(Real, 0, 1, closed="left"), StrOptions({"auto"})],
         "overlap": [Interval(Real, 0, 1, closed="left")],
@@ -79,6 +80,7 @@ class PretrainedUNet(TorchEstimator):
         import pandas as pd
 
         self.patch_shape_ = self._make_patch_shape(images)
+        self._recipe()  # a wrong one fails here, not in a step
         self.diffusion_ = None
         denoiser, history = self._pretrain(pool, seed)
         with isolated_rng(self._child_seed(seed, 2)):
@@ -98,7 +100,7 @@ class PretrainedUNet(TorchEstimator):
             denoiser = self._make_denoiser()
         if self.diffusion is None or self.pretext is None:
             return denoiser, []
-        pixel_range = patches.pixel_range
+        pixel_range, recipe = patches.pixel_range, self._recipe()
         diffusion = Diffusion(self.n_timesteps, "scaled_linear")
 
         def clean(x):
@@ -107,7 +109,7 @@ class PretrainedUNet(TorchEstimator):
         def loss(x):
             x = to_unit(x, pixel_range)
             if self.augment:
-                x, _ = vary_pairs(x, x[:, :1], color=False)
+                x, _ = vary_pairs(x, x[:, :1], recipe, color=False)
             if self.pretext == "diffusion":
                 return diffusion.loss(denoiser, x, weighting=self.loss_weighting)
             if self.pretext == "context_restoration":
@@ -166,6 +168,12 @@ class PretrainedUNet(TorchEstimator):
                 "validation_fraction=0 may help."
             )
         return network.eval(), [{"phase": "finetuning", **row} for row in history]
+
+    def _recipe(self):
+        """Give the recipe of `augment`; None is the paper's."""
+        if isinstance(self.augment, str | dict):
+            return image_recipe(self.augment, self.image_shape_[2], "augment")
+        return None
 
     def _make_denoiser(self):
         shape = (self.image_shape_[2], *self.patch_shape_)

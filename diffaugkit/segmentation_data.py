@@ -11,6 +11,7 @@ import os
 import numpy as np
 import torch
 
+from diffaugkit.augmentations import recolor
 from diffaugkit.image_files import (
     _n_frames,
     _pillow,
@@ -338,8 +339,8 @@ def tile_starts(size, tile, stride):
 # ---- batches -------------------------------------------------------------------------------------
 
 
-def vary_pairs(images, masks, *, color=True):
-    """Flip images with their masks, and jitter and blur the images, per sample.
+def vary_pairs(images, masks, recipe=None, *, color=True):
+    """Flip and turn images with their masks, and change the colours of the images, per sample.
 
     The paper's recipe: each flip for half of the samples; for 30 % brightness (factor 0.5 to 1.5)
     and contrast (0.6 to 1.4); for 30 % a 3 x 3 Gaussian blur of sigma 1 to 2.
@@ -350,6 +351,9 @@ def vary_pairs(images, masks, *, color=True):
         In [-1, 1].
     masks : Tensor of shape (B, 1, H, W)
         Moved with the images, never blended.
+    recipe : ImageRecipe or None, default=None
+        None is the paper's. Of any other the flips, quarter turns and colours hold, those of local
+        crops; patches are crops already.
     color : bool, default=True
         Whether colours change too.
 
@@ -357,12 +361,24 @@ def vary_pairs(images, masks, *, color=True):
     -------
     images, masks : Tensor
     """
-    for axis in (2, 3):
-        flipped = _draw(images) < 0.5
-        images = torch.where(flipped, images.flip(axis), images)
-        masks = torch.where(flipped, masks.flip(axis), masks)
+    flips = (0.5, 0.5) if recipe is None else (recipe.vertical_flip, recipe.flip)
+    flipped = [_draw(images) < share for share in flips]
+    if recipe is not None and recipe.quarter_turns:
+        square = images.shape[2] == images.shape[3]
+        turns = (_draw(images) * 4).long() if square else 2 * (_draw(images) * 2).long()
+        # A quarter turn is a transposition and a flip.
+        swapped = turns % 2 == 1
+        if square:
+            images = torch.where(swapped, images.transpose(2, 3), images)
+            masks = torch.where(swapped, masks.transpose(2, 3), masks)
+        flipped = [flipped[0] ^ (turns >= 2), flipped[1] ^ ((turns == 1) | (turns == 2))]
+    for axis, which in zip((2, 3), flipped, strict=True):
+        images = torch.where(which, images.flip(axis), images)
+        masks = torch.where(which, masks.flip(axis), masks)
     if not color:
         return images, masks
+    if recipe is not None:
+        return recolor(images, recipe, 2), masks
     unit = (images + 1) / 2
     bright = (unit * (0.5 + _draw(unit))).clamp(0, 1)
     mean = bright.mean(dim=(1, 2, 3), keepdim=True)

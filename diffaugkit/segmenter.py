@@ -71,8 +71,11 @@ class DiffusionSegmenter(PretrainedUNet):
         Loss of the second phase.
     focal_weight : float, default=1.0
         Weight lambda of the focal loss in the sum, the paper's best.
-    augment : bool, default=True
-        Flip patches with their masks, and jitter and blur their colours, as in the paper.
+    augment : bool, str or dict, default=True
+        True flips patches with their masks, and jitters and blurs their colours, as in the paper.
+        ``"natural"``, ``"greyscale"``, ``"tissue"`` (quarter turns of square patches, jitter of the
+        stain), ``"auto"`` or a dict give the flips, turns and colours of a recipe, but no crops:
+        values as of `augmentation` of :class:`~diffaugkit.SelfSupervisedEncoder`.
     classes : array-like of int or None, default=None
         Labels that masks may hold, the first one the background. None takes those found. Give it
         where a training set may lack a class.
@@ -280,7 +283,7 @@ class DiffusionSegmenter(PretrainedUNet):
 
     def _finetune(self, network, images, targets, train, held, seed):
         """Phase two: the U-Net at t = 0 on images with masks, best epoch by held-out Dice."""
-        pixel_range = images.common_range()
+        pixel_range, recipe = images.common_range(), self._recipe()
         patches, truth = self._pairs(images, targets, train, self._strides())
         batches = self._batches(patches, truth, seed=self._child_seed(seed, 3))
         module, validation, known = network, None, []
@@ -293,7 +296,7 @@ class DiffusionSegmenter(PretrainedUNet):
         def loss(x, target):
             x = to_unit(x, pixel_range)
             if self.augment:
-                x, target = vary_pairs(x, target)
+                x, target = vary_pairs(x, target, recipe)
             return segmentation_loss(
                 module(x),
                 target[:, 0],

@@ -17,7 +17,7 @@ from sklearn.utils import estimator_checks
 
 from diffaugkit import EmbeddingConditionedDiffusion, load
 from diffaugkit.denoisers import UNetDenoiser
-from diffaugkit.detection_boxes import BLANK, boxes_from_masks, flip_boxes, patch_targets
+from diffaugkit.detection_boxes import BLANK, boxes_from_masks, move_boxes, patch_targets
 from diffaugkit.detection_head import (
     DetectionNetwork,
     StripBoxes,
@@ -31,7 +31,7 @@ from diffaugkit.detector import DiffusionDetector
 from diffaugkit.image_rows import ImageRows
 from diffaugkit.metrics.detection import box_average_precision, check_boxes, mean_box_iou
 from diffaugkit.runtime import isolated_rng
-from diffaugkit.segmentation_data import ImageList, PatchRows
+from diffaugkit.segmentation_data import ImageList, PatchRows, vary_pairs
 from diffaugkit.slides import open_slide
 
 pytest.importorskip("diffusers")
@@ -179,9 +179,26 @@ def test_boxes_move_with_their_pixels():
     box = torch.tensor([[[2.0, 1, 6, 3]]])
     numbers = torch.arange(35).reshape(1, 1, 5, 7)
     for axes in ([], [2], [3], [2, 3]):
-        moved = flip_boxes(box, numbers.flip(axes), (5, 7))[0, 0].int().tolist()
+        moved = move_boxes(box, numbers.flip(axes), (5, 7))[0, 0].int().tolist()
         found = boxes_from_masks(image.flip(axes)[0, 0].int().numpy())["boxes"][0].tolist()
         assert moved == found
+
+
+def test_boxes_turn_with_their_pixels():
+    from diffaugkit.augmentations import image_recipe
+
+    masks = torch.zeros(64, 1, 7, 7)
+    masks[..., 1:3, 2:6] = 1
+    numbers = torch.arange(49).reshape(1, 1, 7, 7).expand(64, -1, -1, -1)
+    pairs = torch.cat([masks, numbers], dim=1)
+    with isolated_rng(0):
+        masks, moved = vary_pairs(
+            pairs[:, :1], pairs[:, 1:].long(), image_recipe("tissue", 3), color=False
+        )
+    boxes = move_boxes(torch.tensor([[[2.0, 1, 6, 3]]]).expand(64, -1, -1), moved, (7, 7))
+    found = [boxes_from_masks(mask.int().numpy())["boxes"][0].tolist() for mask in masks[:, 0]]
+    assert boxes[:, 0].int().tolist() == found
+    assert len(np.unique(found, axis=0)) == 8
 
 
 # ---- scores of boxes -----------------------------------------------------------------------------

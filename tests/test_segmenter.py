@@ -805,6 +805,47 @@ def test_variations_move_images_with_masks():
     torch.testing.assert_close(flat.amax((2, 3)), flat.amin((2, 3)))  # a blur of nothing
 
 
+@pytest.mark.parametrize(("shape", "n"), [((5, 5), 8), ((4, 5), 4)])
+def test_tissue_is_turned(shape, n):
+    from diffaugkit.augmentations import image_recipe
+
+    mask = torch.arange(shape[0] * shape[1]).reshape(1, 1, *shape).expand(400, -1, -1, -1)
+    images = (mask / 30 - 1).expand(-1, 3, -1, -1)
+    recipe = image_recipe("tissue", 3)
+    with isolated_rng(0):
+        moved, targets = vary_pairs(images, mask, recipe, color=False)
+        colored, also = vary_pairs(images, mask, recipe)
+    torch.testing.assert_close(moved, (targets / 30 - 1).expand(-1, 3, -1, -1))
+    both = [mask[0, 0].numpy(), mask[0, 0].numpy().T]
+    want = [np.rot90(m, k) for m in both for k in range(4)]
+    want = {m.tobytes() for m in want if m.shape == shape}
+    found, counts = np.unique(targets[:, 0].flatten(1), axis=0, return_counts=True)
+    assert {row.tobytes() for row in found} == want
+    assert len(want) == n
+    assert counts.min() > 400 / n / 2  # 4 deviations below the mean of 50
+    assert not torch.equal(colored, (also / 30 - 1).expand(-1, 3, -1, -1))
+    assert colored.abs().max() <= 1
+
+
+def test_augment_takes_recipes(data, tmp_path):
+    images, masks = data
+    fits = {}
+    for augment in (False, True, "tissue", {"recipe": "tissue", "stain": 0.0}, {"flip": 0.0}):
+        model = tiny(augment=augment, random_state=0).fit(images, masks)
+        fits[str(augment)] = model.predict_proba(images).tobytes()
+    assert len(set(fits.values())) == 5
+    model.save(tmp_path / "model")
+    assert load(tmp_path / "model").augment == clone(model).augment == {"flip": 0.0}
+    for wrong, message in [
+        ("tisue", "'augment' parameter .* must be"),
+        ({"recipe": "tisue"}, "augment=.*no recipe 'tisue'"),
+        ({"flips": 0.5}, "augment=.*flips is no value"),
+        ({"flip": 1.5}, "augment: flip=1.5: shares"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tiny(augment=wrong).fit(images, masks)
+
+
 def test_pretext_tasks():
     with isolated_rng(0):
         images = torch.randn(20, 3, 32, 24)
