@@ -35,6 +35,7 @@ from diffaugkit.metrics import (
     QualityReport,
     clustering_accuracy,
     copy_ratio,
+    density_coverage,
     effective_diversity,
     frechet_distance,
     frechet_scorer,
@@ -224,7 +225,7 @@ def test_distances_do_not_change_with_order_or_rotation(seed):
     rng = np.random.default_rng(seed)
     real, generated = rng.normal(size=(30, 4)), rng.normal(size=(25, 4)) * 1.5
     rotation = np.linalg.qr(rng.normal(size=(4, 4)))[0]
-    for score in (frechet_distance, kernel_distance, precision_recall):
+    for score in (frechet_distance, kernel_distance, precision_recall, density_coverage):
         value = score(real, generated)
         assert score(rng.permutation(real), rng.permutation(generated)) == pytest.approx(value)
         assert score(real @ rotation, generated @ rotation) == pytest.approx(value)
@@ -309,6 +310,37 @@ def test_precision_recall_extremes():
     repeated = np.repeat(X[:8], 7, axis=0).astype(np.float32) + 1000.0
     assert precision_recall(repeated, repeated) == (1.0, 1.0)
     assert precision_recall(X, X[::-1] * 1e-3)[0] == 1.0
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_density_coverage_equals_brute_force(k):
+    real, generated = normal(150, 3), 0.5 * normal(120, 3, seed=1) + 0.8
+    radius = np.sort(cdist(real, real), axis=1)[:, k] * (1 + 1e-12)
+    inside = cdist(generated, real) <= radius
+    expected = inside.sum() / (k * 120), inside.any(axis=0).mean()
+    assert density_coverage(real, generated, n_neighbors=k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_density_coverage_of_one_distribution():
+    values = [
+        density_coverage(normal(300, 4, seed=i), normal(300, 4, seed=1000 + i)) for i in range(20)
+    ]
+    # Lemma 2 of the paper: 1 - (N - 1) ... (N - k) / ((M + N - 1) ... (M + N - k)).
+    n = np.arange(1, 6)
+    assert np.mean(values, axis=0) == pytest.approx(
+        [1.0, 1 - np.prod((300 - n) / (600 - n))], abs=0.01
+    )
+
+
+def test_outliers_do_not_raise_the_coverage():
+    real = normal(200, 3)
+    narrow = 0.05 * normal(199, 3, seed=1)
+    outliers = np.vstack([narrow, [[30.0, 0, 0]]])
+    assert precision_recall(real, narrow)[1] < 0.1
+    assert precision_recall(real, outliers)[1] > 0.4
+    assert density_coverage(real, outliers) == pytest.approx(
+        [199 / 200 * density_coverage(real, narrow)[0], density_coverage(real, narrow)[1]]
+    )
 
 
 def slow_copy_ratio(real, generated, source):
@@ -699,6 +731,7 @@ PAIRWISE = [
     frechet_distance,
     kernel_distance,
     precision_recall,
+    density_coverage,
     spread_ratio,
     lambda real, generated: copy_ratio(real, generated, np.zeros(len(generated), int)),
     lambda real, generated: quality_report(real, generated),
@@ -741,6 +774,7 @@ def test_one_sample_is_too_few(score):
         (lambda: linear_svm_accuracy(normal(9, 2), np.arange(9) % 2), "lower cv"),
         (lambda: linear_svm_accuracy(normal(9, 2), np.arange(9) % 2, cv=1), "at least 2"),
         (lambda: precision_recall(normal(5, 2), normal(9, 2)), "only 4 real samples besides"),
+        (lambda: density_coverage(normal(5, 2), normal(9, 2)), "only 4 real samples besides"),
         (lambda: precision_recall(normal(9, 2), normal(5, 2)), "only 4 generated samples besides"),
         (lambda: copy_ratio(normal(9, 2), normal(3, 2), [0, 1, 9]), "0 to 8, got 0 to 9"),
         (lambda: copy_ratio(normal(9, 2), normal(3, 2), [0, 1, -1]), "0 to 8, got -1 to 1"),
@@ -843,6 +877,7 @@ def test_offsets_change_no_distance():
     for a, b in zip(nearest_training_samples(*moved), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     assert precision_recall(*moved) == precision_recall(real, generated)
+    assert density_coverage(*moved) == density_coverage(real, generated)
     source = np.arange(150)
     assert copy_ratio(moved[0], moved[1], source) == pytest.approx(
         copy_ratio(real, generated, source)

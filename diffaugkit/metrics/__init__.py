@@ -17,6 +17,7 @@ from diffaugkit.metrics.embeddings import (
 )
 from diffaugkit.metrics.generation import (
     copy_ratio,
+    density_coverage,
     effective_diversity,
     frechet_distance,
     kernel_distance,
@@ -76,6 +77,7 @@ __all__ = [
     "clustering_accuracy",
     "copy_detection_features",
     "copy_ratio",
+    "density_coverage",
     "dice_score",
     "dice_scorer",
     "effective_diversity",
