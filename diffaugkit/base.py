@@ -284,6 +284,14 @@ class TorchEstimator(BaseEstimator):
             each.set_params(checkpoint_dir=None)
         return part
 
+    def _callbacks_after(self, first):
+        """Callbacks of this estimator, after one of ours that asks for no stop, or None."""
+        given = [self.callbacks] if callable(self.callbacks) else list(self.callbacks or ())
+        if first is None:
+            return given
+        first.never_stops = True
+        return [first, *given]
+
     def _fit_loop(self, module, loss_fn, batches, *, seed, **options):
         """Run :func:`~diffaugkit.training.fit_loop` with the common parameters of this estimator.
 

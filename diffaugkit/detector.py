@@ -38,8 +38,8 @@ from diffaugkit.metrics.detection import box_average_precision
 from diffaugkit.pretrained_unet import PretrainedUNet
 from diffaugkit.runtime import reduced_precision
 from diffaugkit.segmentation_data import PatchRows, vary_pairs
-from diffaugkit.segmentation_networks import KeepBest
 from diffaugkit.segmentation_tiles import predict_strips
+from diffaugkit.training import KeepBest
 
 __all__ = ["DiffusionDetector"]
 

@@ -140,10 +140,6 @@ class PretrainedUNet(TorchEstimator):
         None where nothing is held out and `module` is the network itself. `held_out` are arrays of
         what it looks at, which no batch holds.
         """
-        given = self.callbacks
-        given = [given] if callable(given) else list(given or ())
-        if validation is not None:
-            validation.never_stops = True
         identity = {}
         if self.checkpoint_dir is not None:
             identity = described(self) | {"held_out": fingerprint(*held_out)}
@@ -156,7 +152,7 @@ class PretrainedUNet(TorchEstimator):
             max_epochs=auto_epochs(self.max_epochs, steps, paper=150),
             warmup=0.05,
             grad_clip=1.0,
-            callbacks=given if validation is None else [validation, *given],
+            callbacks=self._callbacks_after(validation),
             checkpoint_dir=self._folder("finetuning"),
             identity=identity,
         )

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from diffaugkit.denoisers import sinusoidal_embedding
 
-__all__ = ["AttentionUNet", "KeepBest", "SegmentationNetwork"]
+__all__ = ["AttentionUNet", "SegmentationNetwork"]
 
 _HEADS, _HEAD_WIDTH = 4, 32
 
@@ -198,56 +198,3 @@ class SegmentationNetwork(nn.Module):
         """Scores (B, K, H, W) before the softmax, for images (B, C, H, W) in [-1, 1]."""
         t = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         return self.denoiser(images, t)
-
-
-class KeepBest(nn.Module):
-    """A network and the weights with which it scored best, as buffers: a checkpoint holds both.
-
-    Parameters
-    ----------
-    network : nn.Module
-        What is trained.
-
-    Examples
-    --------
-    >>> import torch
-    >>> kept = KeepBest(torch.nn.Linear(1, 1))
-    >>> kept.offer(0.5)
-    True
-    >>> before = kept.network.weight.item()
-    >>> _ = torch.nn.init.zeros_(kept.network.weight)
-    >>> kept.offer(0.4), kept.restore().weight.item() == before
-    (False, True)
-    """
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-        # No infinity: the loop refuses tensors that are not finite.
-        self.register_buffer("best_score", torch.tensor(-1.0))
-        for number, tensor in enumerate(network.state_dict().values()):
-            self.register_buffer(f"best_{number}", tensor.detach().clone())
-
-    def forward(self, *args):
-        """Call the network."""
-        return self.network(*args)
-
-    @torch.no_grad()
-    def offer(self, score):
-        """Keep the present weights if no `score` so far, all of them above -1, was higher; say so.
-
-        Of equal ones the last is kept: where nothing was found yet, later weights know more.
-        """
-        if not score >= self.best_score:
-            return False
-        self.best_score.fill_(score)
-        for number, tensor in enumerate(self.network.state_dict().values()):
-            getattr(self, f"best_{number}").copy_(tensor)
-        return True
-
-    @torch.no_grad()
-    def restore(self):
-        """Put the best weights into the network, and return it."""
-        for number, tensor in enumerate(self.network.state_dict().values()):
-            tensor.copy_(getattr(self, f"best_{number}"))
-        return self.network

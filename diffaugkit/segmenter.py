@@ -28,8 +28,9 @@ from diffaugkit.pretrained_unet import PretrainedUNet
 from diffaugkit.runtime import reduced_precision
 from diffaugkit.segmentation_data import IGNORED, PatchRows, read_masks, vary_pairs
 from diffaugkit.segmentation_losses import segmentation_loss
-from diffaugkit.segmentation_networks import KeepBest, SegmentationNetwork
+from diffaugkit.segmentation_networks import SegmentationNetwork
 from diffaugkit.segmentation_tiles import predict_strips
+from diffaugkit.training import KeepBest
 
 __all__ = ["DiffusionSegmenter"]
 

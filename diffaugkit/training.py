@@ -47,7 +47,14 @@ from diffaugkit.runtime import (
     tf32,
 )
 
-__all__ = ["EarlyStopping", "NonFiniteLossError", "auto_epochs", "fit_loop", "scheduled_rate"]
+__all__ = [
+    "EarlyStopping",
+    "KeepBest",
+    "NonFiniteLossError",
+    "auto_epochs",
+    "fit_loop",
+    "scheduled_rate",
+]
 
 # The stream of a seed from which batches draw; `batches` has another.
 _STEP = 1
@@ -101,13 +108,14 @@ class EarlyStopping:
     It looks at the history alone and keeps no state, so a fit that was killed and goes on from its
     ``checkpoint_dir`` stops at the same epoch. The learning rate falls over all of `max_epochs`: a
     fit that stops early ends at a higher rate than one of fewer epochs does. A model keeps the
-    weights of the last epoch; ``DiffusionSegmenter`` keeps those of the best where it validates.
+    weights of the last epoch; segmenters, detectors and ``AttentionMILClassifier`` keep those of
+    the best where they validate.
 
     Parameters
     ----------
     monitor : str, default="loss"
-        Column of ``history_``: "loss", "validation_loss" where a generator holds rows out
-        (`validation_fraction`), "validation_dice" of a segmenter, or what another callback
+        Column of ``history_``: "loss", "validation_loss" where `validation_fraction` holds
+        rows or bags out, "validation_dice" of a segmenter, or what another callback
         that stands before this one in the list adds to ``history[-1]``. A phase whose history
         lacks it is not stopped, which a warning says.
     patience : int, default=10
@@ -165,6 +173,59 @@ class EarlyStopping:
             else:
                 since += 1
         return since >= self.patience
+
+
+class KeepBest(nn.Module):
+    """A network and the weights with which it scored best, as buffers: a checkpoint holds both.
+
+    Parameters
+    ----------
+    network : nn.Module
+        What is trained.
+
+    Examples
+    --------
+    >>> import torch
+    >>> kept = KeepBest(torch.nn.Linear(1, 1))
+    >>> kept.offer(0.5)
+    True
+    >>> before = kept.network.weight.item()
+    >>> _ = torch.nn.init.zeros_(kept.network.weight)
+    >>> kept.offer(0.4), kept.restore().weight.item() == before
+    (False, True)
+    """
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        # No infinity: the loop refuses tensors that are not finite.
+        self.register_buffer("best_score", torch.tensor(-1.0))
+        for number, tensor in enumerate(network.state_dict().values()):
+            self.register_buffer(f"best_{number}", tensor.detach().clone())
+
+    def forward(self, *args):
+        """Call the network."""
+        return self.network(*args)
+
+    @torch.no_grad()
+    def offer(self, score):
+        """Keep the present weights if no `score` so far, all of them above -1, was higher; say so.
+
+        Of equal ones the last is kept: where nothing was found yet, later weights know more.
+        """
+        if not score >= self.best_score:
+            return False
+        self.best_score.fill_(score)
+        for number, tensor in enumerate(self.network.state_dict().values()):
+            getattr(self, f"best_{number}").copy_(tensor)
+        return True
+
+    @torch.no_grad()
+    def restore(self):
+        """Put the best weights into the network, and return it."""
+        for number, tensor in enumerate(self.network.state_dict().values()):
+            tensor.copy_(getattr(self, f"best_{number}"))
+        return self.network
 
 
 # ---- schedule and averages -----------------------------------------------------------------------

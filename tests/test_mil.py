@@ -22,7 +22,7 @@ from sklearn.utils.estimator_checks import check_param_validation, parametrize_w
 from sklearn.utils.fixes import parse_version
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffaugkit import load, mil
+from diffaugkit import EarlyStopping, load, mil
 from diffaugkit.mil import AttentionMILClassifier, BagNetwork
 from diffaugkit.runtime import isolated_rng
 
@@ -425,18 +425,72 @@ def test_copies_and_composition(data, fitted, tmp_path):
     assert cross_val_score(tiny(), bags, y, cv=2).shape == (2,)
 
 
-def test_a_killed_fit_goes_on(data, tmp_path):
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_killed_fit_goes_on(data, tmp_path, share):
     def die(epoch, history):
         if epoch == 1:
             raise KeyboardInterrupt
 
     bags, y = data
-    options = {"max_epochs": 4, "max_instances": 3, "dropout": 0.2}
+    options = {"max_epochs": 4, "max_instances": 3, "dropout": 0.2, "validation_fraction": share}
     whole = tiny(**options).fit(bags, y)
     with pytest.raises(KeyboardInterrupt):
         tiny(**options, checkpoint_dir=tmp_path, callbacks=die).fit(bags, y)
     resumed = tiny(**options, checkpoint_dir=tmp_path).fit(bags, y)
     np.testing.assert_array_equal(resumed.predict_proba(bags), whole.predict_proba(bags))
+
+
+# ---- validation ----------------------------------------------------------------------------------
+
+
+def test_the_best_epoch_is_kept():
+    bags, y, _ = bags_with_keys(60, shift=1.0)
+    options = {"validation_fraction": 0.3, "max_epochs": 60, "learning_rate": 3e-2}
+    model = tiny(**options).fit(bags, y)
+    losses = model.history_["validation_loss"]
+    best = int(losses.idxmin())
+    assert best < 50  # it learns the bags by heart afterwards
+    assert losses.iloc[-1] > 1.2 * losses[best]
+
+    def fit(n_epochs):
+        stop = lambda epoch, history: epoch + 1 == n_epochs  # noqa: E731
+        return tiny(**options, callbacks=stop).fit(bags, y).predict_proba(bags)
+
+    np.testing.assert_array_equal(fit(best + 1), model.predict_proba(bags))
+    assert not np.array_equal(fit(best), model.predict_proba(bags))
+    stopped = tiny(**options, callbacks=EarlyStopping("validation_loss", patience=5)).fit(bags, y)
+    assert stopped.n_iter_ < 60
+    last = tiny(**options | {"validation_fraction": 0.0}).fit(bags, y)
+    assert "validation_loss" not in last.history_
+
+
+def test_validation_is_the_loss_of_bags_that_nothing_is_learned_from(data):
+    bags, y = data
+    fits = [tiny(validation_fraction=0.3, class_weight={0: 1.0, 1: 3.0}, max_epochs=1)]
+    fits[0].fit(bags, y)
+    moved = []
+    for number in range(len(bags)):
+        other = [bag + 1.0 if k == number else bag for k, bag in enumerate(bags)]
+        again = tiny(**fits[0].get_params()).fit(other, y)
+        moved.append(not np.array_equal(again.mean_, fits[0].mean_))
+    held = np.flatnonzero(~np.array(moved))
+    assert np.bincount(y[held]).tolist() == [3, 3]
+    train = np.flatnonzero(moved)
+    alone = np.concatenate([bags[k] for k in train])
+    np.testing.assert_allclose(fits[0].mean_, alone.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(fits[0].scale_, alone.std(axis=0), rtol=1e-5)
+    given = fits[0].predict_proba([bags[k] for k in held])
+    losses = -np.log(given[np.arange(6), y[held]]) * np.array([1.0, 3.0])[y[held]]
+    assert fits[0].history_["validation_loss"][0] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_too_few_bags_to_hold_any_out(data):
+    bags, y = data
+    message = r"validation_fraction=0.02 cannot .*: \{0: 10, 1: 10\}"
+    with pytest.raises(ValueError, match=message):
+        tiny(validation_fraction=0.02).fit(bags, y)
+    with pytest.raises(ValueError, match=r"by class: \{0: 19, 1: 1\}"):
+        tiny(validation_fraction=0.2).fit(bags, [0] * 19 + [1])
 
 
 def test_class_weights_count_whatever_the_batch():

@@ -29,7 +29,7 @@ from diffaugkit.segmentation_data import (
     swap_cells,
     vary_pairs,
 )
-from diffaugkit.segmentation_networks import AttentionUNet, KeepBest, SegmentationNetwork
+from diffaugkit.segmentation_networks import AttentionUNet, SegmentationNetwork
 from diffaugkit.segmentation_tiles import blending_window
 from diffaugkit.segmenter import DiffusionSegmenter
 from diffaugkit.slides import FileSlide, Slide, SlideRows, find_slide, open_slide
@@ -254,21 +254,6 @@ def test_held_out_images_are_read_as_they_are_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageList, "read", remember)
     tiny(diffusion=None, validation_fraction=0.5, callbacks=count).fit(paths, masks)
     assert max(alive) <= 1
-
-
-def test_keep_best():
-    with isolated_rng(0):
-        kept = KeepBest(torch.nn.Linear(2, 2))
-    first = kept.network.weight.detach().clone()
-    assert kept.offer(0.3)
-    torch.nn.init.zeros_(kept.network.weight)
-    assert not kept.offer(0.2)
-    assert not kept.offer(float("nan"))
-    assert torch.equal(kept.restore().weight, first)
-    torch.nn.init.ones_(kept.network.weight)
-    assert kept.offer(0.3)
-    torch.nn.init.zeros_(kept.network.weight)
-    assert (kept.restore().weight == 1).all()
 
 
 def test_masks_of_objects_are_warned_of(data):

@@ -31,6 +31,7 @@ from diffaugkit.runtime import (
 )
 from diffaugkit.training import (
     EarlyStopping,
+    KeepBest,
     NonFiniteLossError,
     auto_epochs,
     fit_loop,
@@ -518,6 +519,21 @@ def test_progress_bar(toy, capsys):
     assert "loss=" in shown
     train(toy)
     assert capsys.readouterr().err == ""
+
+
+def test_keep_best():
+    with isolated_rng(0):
+        kept = KeepBest(torch.nn.Linear(2, 2))
+    first = kept.network.weight.detach().clone()
+    assert kept.offer(0.3)
+    torch.nn.init.zeros_(kept.network.weight)
+    assert not kept.offer(0.2)
+    assert not kept.offer(float("nan"))
+    assert torch.equal(kept.restore().weight, first)
+    torch.nn.init.ones_(kept.network.weight)
+    assert kept.offer(0.3)
+    torch.nn.init.zeros_(kept.network.weight)
+    assert (kept.restore().weight == 1).all()
 
 
 # ---- precision -----------------------------------------------------------------------------------
