@@ -4,6 +4,7 @@ import copy
 import math
 import os
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -139,6 +140,8 @@ class TissueTiles(_DecodedRows):
             slides = [slides]
         elif len(getattr(slides, "shape", ())) == 3:
             slides = [slides]
+        elif not isinstance(slides, Iterable):
+            raise TypeError(f"slides is {slides!r}: give a path, a picture or a Slide, or a list.")
         slides = list(slides)
         if not slides:
             raise ValueError("slides is empty: give at least one.")

@@ -754,7 +754,9 @@ def test_errors_say_what_is_wrong(slides, options, message):
         TissueTiles(slides, **{"tile_size": 16, **options})
 
 
-def test_names_of_slides_are_of_one_kind():
+def test_values_of_a_wrong_type():
+    with pytest.raises(TypeError, match=r"slides is 32: give a path, a picture or a Slide, or a"):
+        TissueTiles(32)
     with pytest.raises(TypeError, match="slide_ids must be all strings or all numbers"):
         TissueTiles([GOOD, GOOD], 16, slide_ids=[3, "x"])
 

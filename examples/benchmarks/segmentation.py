@@ -43,6 +43,8 @@ VARIANTS = {
     "diffusion, P2; focal": {"loss": "focal"},
     "from scratch; cross-entropy": {"diffusion": None, "loss": "cross_entropy"},
     "diffusion, P2; T = 100": {"n_timesteps": 100},
+    "from scratch; tissue recipe": {"diffusion": None, "augment": "tissue"},
+    "diffusion, P2; tissue recipe": {"augment": "tissue"},
 }
 METRICS = {
     "dice": "Dice (F1)",
@@ -143,7 +145,8 @@ def run(args, results):
                         continue
                     clock = time.perf_counter()
                     start = variant.partition(";")[0].replace(" ", "-").replace(",", "")
-                    start += "-T100" if "T = 100" in variant else ""
+                    for change in ("T = 100", "tissue recipe"):
+                        start += f"-{change}".replace(" ", "") if change in variant else ""
                     model = fit(options | VARIANTS[variant], start, seed, data, picked, store)
                     record = scores(model, *data["test"])
                     record["seconds"] = round(time.perf_counter() - clock, 1)
